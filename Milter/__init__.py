@@ -1,0 +1,1 @@
+"""Mail filters (milters) for Postfix and sendmail, in Python."""
