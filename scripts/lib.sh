@@ -170,11 +170,11 @@ install_project() {
     echo "$want" >"$venv/.project"
 }
 
-# set_up GROUP...: everything, in order; each step does nothing where it was done before.
+# set_up build [GROUP...]: everything, in order; a step does nothing where it was done before.
 set_up() {
     choose_python
     ensure_build_packages
     make_venv
-    install_tools build "$@"
+    install_tools "$@"
     install_project
 }
