@@ -1,0 +1,172 @@
+"""From the extension's callbacks to filter objects, and the call that runs it all.
+
+What applications may replace, ``factory`` and the functions of the package, is looked up on
+the package when it is called.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import milter
+
+import Milter
+
+if TYPE_CHECKING:
+    from milter import milterContext
+
+    from ._base import Address
+
+_seq_lock = threading.Lock()
+_seq = 0
+
+
+def uniqueID() -> int:
+    """Give out a number that no other call in this process got.
+
+    Filters use it to tell connections apart in logs. It is safe in any thread.
+
+    Returns:
+        1 in the first call, then always one more.
+    """
+    global _seq
+    with _seq_lock:
+        _seq += 1
+        return _seq
+
+
+def _new_filter(ctx: milterContext) -> Any:
+    """Make the connection's filter object and attach it."""
+    filter_object = Milter.factory()
+    filter_object._setctx(ctx)
+    return filter_object
+
+
+def negotiate_callback(ctx: milterContext, opts: list[int]) -> int:
+    """Make the connection's filter object and let it negotiate.
+
+    Args:
+        ctx: the connection's context.
+        opts: the MTA's offer, changed in place; see ``Base.negotiate``.
+
+    Returns:
+        What ``negotiate`` of the filter object returns.
+    """
+    verdict: int = _new_filter(ctx).negotiate(opts)
+    return verdict
+
+
+def connect_callback(
+    ctx: milterContext,
+    hostname: str,
+    family: int,
+    hostaddr: Address,
+    nr_mask: int = milter.P_NR_CONN,
+) -> int:
+    """Pass a new client on to the connection's filter object.
+
+    The object is made here if there was no negotiation.
+
+    Args:
+        ctx: the connection's context.
+        hostname: see ``Base.connect``.
+        family: see ``Base.connect``.
+        hostaddr: see ``Base.connect``.
+        nr_mask: the step that allows NOREPLY here; where it was not negotiated, NOREPLY
+            is turned into CONTINUE.
+
+    Returns:
+        What ``connect`` of the filter object returns.
+    """
+    filter_object = ctx.getpriv()
+    if filter_object is None:
+        filter_object = _new_filter(ctx)
+    verdict: int = filter_object.connect(hostname, family, hostaddr)
+    if verdict == milter.NOREPLY and not filter_object._protocol & nr_mask:
+        return milter.CONTINUE
+    return verdict
+
+
+def close_callback(ctx: milterContext) -> int:
+    """End a connection: call ``close`` of its filter object and detach that.
+
+    It is detached even if ``close`` raises.
+
+    Args:
+        ctx: the connection's context.
+
+    Returns:
+        What ``close`` returns, or CONTINUE where there is no filter object.
+    """
+    filter_object = ctx.getpriv()
+    if filter_object is None:
+        return milter.CONTINUE
+    try:
+        verdict: int = filter_object.close()
+    finally:
+        filter_object._setctx(None)
+        ctx.setpriv(None)
+    return verdict
+
+
+#: Each callback of the extension and the road from there to the filter object.
+CALLBACKS: dict[str, Callable[..., Any]] = {
+    "negotiate": lambda ctx, opts: Milter.negotiate_callback(ctx, opts),
+    "connect": lambda ctx, *args: Milter.connect_callback(ctx, *args),
+    "helo": lambda ctx, hostname: ctx.getpriv().hello(hostname),
+    "envfrom": lambda ctx, *args: ctx.getpriv().envfrom_bytes(*args),
+    "envrcpt": lambda ctx, *args: ctx.getpriv().envrcpt_bytes(*args),
+    "data": lambda ctx: ctx.getpriv().data(),
+    "header": lambda ctx, name, value: ctx.getpriv().header_bytes(name, value),
+    "eoh": lambda ctx: ctx.getpriv().eoh(),
+    "body": lambda ctx, chunk: ctx.getpriv().body(chunk),
+    "eom": lambda ctx: ctx.getpriv().eom(),
+    "abort": lambda ctx: ctx.getpriv().abort(),
+    "unknown": lambda ctx, command: ctx.getpriv().unknown(command),
+    "close": lambda ctx: Milter.close_callback(ctx),
+}
+
+#: The callbacks that ``milter.register`` takes; the others have a function to set them.
+_REGISTERED = ("negotiate", "data", "unknown")
+
+
+def runmilter(
+    name: str,
+    socketname: str,
+    timeout: float = 0,
+    rmsock: bool = True,
+    *,
+    drain_timeout: float | None = None,
+) -> None:
+    """Run the filter: open its socket, serve the MTA, return when stopped.
+
+    It returns after ``Milter.stop()``, or after SIGTERM, SIGINT or SIGHUP where the program
+    has no handler of its own for the signal. What the filter is, ``Milter.factory`` says.
+
+    Args:
+        name: the filter's name, for logs and error replies.
+        socketname: where to listen, in libmilter's form: ``"unix:/path"``,
+            ``"inet:port@host"`` or ``"inet6:port@[address]"``.
+        timeout: how many seconds libmilter waits for the MTA to read or write before it
+            gives the connection up; 0 keeps libmilter's own 7,210.
+        rmsock: whether a unix socket that is left over at that path may be removed.
+        drain_timeout: how many seconds messages in progress may take after a stop; None
+            keeps the 30 s of the extension.
+
+    Raises:
+        milter.error: it cannot start or cannot go on; the message and the cause say why.
+        ValueError: an argument is refused (such an error is also a ``milter.error``).
+    """
+    for callback, function in CALLBACKS.items():
+        if callback not in _REGISTERED:
+            getattr(milter, f"set_{callback}_callback")(function)
+    milter.setconn(socketname)
+    if timeout > 0:
+        milter.settimeout(int(timeout))
+    if drain_timeout is not None:
+        milter.set_drain_timeout(drain_timeout)
+    milter.register(name, **{callback: CALLBACKS[callback] for callback in _REGISTERED})
+    milter.opensocket(rmsock)
+    milter.main()
