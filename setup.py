@@ -129,12 +129,6 @@ def find_archive(lib: Path | None, compiler: list[str]) -> Path:
 class BuildExt(build_ext):
     """Looks for libmilter when the extension is compiled, so that an sdist needs none."""
 
-    def run(self) -> None:
-        super().run()
-        if self.inplace:
-            # Milter.__version__ is read from the metadata, which the bare command leaves out.
-            self.run_command("egg_info")
-
     def build_extension(self, ext: Extension) -> None:
         include = find_include([*map(Path, self.include_dirs or []), *compiler_paths()])
         lib = find_lib(include)
