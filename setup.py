@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from glob import glob
 from pathlib import Path
 
 import setuptools
@@ -161,8 +162,10 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "milter",
-                sources=["miltermodule.c"],
-                extra_compile_args=["-Wall", "-Wextra", "-pthread"],
+                sources=["miltermodule.c", *sorted(map(str, Path("src").glob("*.c")))],
+                depends=["src/milter.h"],
+                include_dirs=["src"],
+                extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
                 extra_link_args=["-pthread"],
             )
         ],

@@ -1,0 +1,202 @@
+/* What the parts of the extension module `milter` share.  Private to it. */
+
+#ifndef PYMILTER_MILTER_H
+#define PYMILTER_MILTER_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#if defined(__GLIBC__) || defined(__linux__)
+#include <malloc.h>
+#endif
+
+#include <libmilter/mfapi.h>
+#include <libmilter/mfdef.h>
+
+#if PY_VERSION_HEX < 0x030A0000
+#define Py_NewRef(object) (Py_INCREF(object), (PyObject *)(object))
+#define Py_XNewRef(object) (Py_XINCREF(object), (PyObject *)(object))
+#endif
+
+/* Limits that libmilter has and does not export (libmilter.h: MAXREPLYLEN, MAXREPLIES). */
+#define MAX_REPLY_LINE 980
+#define MAX_REPLY_LINES 32
+
+#define NAME_IN_REPLY 40          /* bytes of the filter's name in the reply to an exception */
+#define DRAIN_SECONDS 30.0        /* how long messages in progress may take after a stop */
+#define CLOSE_SECONDS 2.0         /* how long close callbacks may take once all is drained */
+#define COMFORTABLE_FILES 1024    /* below this soft limit accept() may run out of descriptors */
+#define STACK_ARGS 16             /* arguments of a callback that need no allocation */
+
+/* The steps of the dialogue that reach Python. */
+enum stage {
+    CONNECT, HELO, ENVFROM, ENVRCPT, DATA, HEADER, EOH, BODY, EOM,
+    ABORT, CLOSE, UNKNOWN, NEGOTIATE, STAGES,
+    OUTSIDE = -1                  /* no callback of this connection is running */
+};
+
+typedef struct {
+    const char *name;
+    unsigned long leave_out;      /* P_NO*: the MTA need not send this step */
+    unsigned long no_reply;       /* P_NR_*: the MTA does not wait for an answer */
+    bool in_message;              /* belongs to one message, not to the connection */
+} StageInfo;
+
+extern const StageInfo stages[STAGES];
+
+/* What belongs to the module object.  All of it is guarded by the interpreter lock. */
+typedef struct {
+    PyObject *error;              /* milter.error */
+    PyObject *invalid_argument;   /* milter.InvalidArgument: an error and a ValueError */
+    PyTypeObject *context_type;
+    PyObject *callbacks[STAGES];  /* NULL where none is set */
+    PyObject *agreed;             /* {address of a SMFICTX: (actions, protocol)}, see recall() */
+    PyObject *raised;             /* what main() raises when the filter has drained */
+    char *name;                   /* as registered, for replies and reports */
+    unsigned long flags;          /* set_flags() */
+    int policy;                   /* set_exception_policy() */
+    bool hooked;                  /* the interpreter calls us at exit and after a fork */
+} module_state;
+
+enum phase { SETTING_UP, SOCKET_OPEN, RUNNING, STOPPED };
+enum socket_kind { NO_SOCKET, UNIX_SOCKET, INET_SOCKET, INET6_SOCKET, INHERITED_SOCKET };
+
+/* What belongs to the process: libmilter is one to a process and hands a callback nothing
+ * but its own context, so one static object has to lead from there to the module. */
+typedef struct {
+    module_state *state;
+    PyInterpreterState *interpreter;
+    enum phase phase;             /* guarded by the interpreter lock */
+
+    char *conn;                   /* as given to setconn() */
+    enum socket_kind kind;
+    char *path;                   /* absolute, of a unix socket */
+    dev_t device;                 /* what stood at path after it was bound */
+    ino_t inode;
+    int listener;                 /* libmilter's listening descriptor, or -1 */
+
+    int pipe[2];                  /* wakes main(): anything written to [1] does */
+    bool wakeup_set;              /* Python writes signals to it, guarded likewise */
+    sigset_t mask;                /* of the thread that called main() */
+    double drain_seconds;
+
+    /* Read and written by many threads, and by signal handlers. */
+    atomic_bool stop_wanted;      /* by stop(), a signal, an exception */
+    atomic_bool draining;         /* new messages are refused */
+    atomic_bool listener_ended;   /* smfi_main() has returned */
+    atomic_bool gate_closed;      /* no thread of libmilter may enter Python any more */
+    atomic_int result;            /* of smfi_main() */
+    atomic_int signal;            /* the one that stopped the filter, or 0 */
+    atomic_long inside;           /* threads of libmilter that are in Python now */
+    atomic_long messages;         /* in progress */
+    atomic_ulong created;         /* contexts */
+    atomic_ulong deleted;
+} Filter;
+
+extern Filter filter;
+
+/* What an exception left unanswered: see owe(). */
+enum debt { NOTHING_OWED, OWED_FOR_MESSAGE, OWED_FOR_CONNECTION };
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *weakrefs;
+    PyObject *priv;               /* setpriv(): the application's object */
+    PyObject *symlists;           /* {stage: [macro, ...]} during negotiation, else NULL */
+    module_state *state;          /* borrowed: the type keeps the module alive */
+
+    pthread_mutex_t lock;         /* guards what follows, and libmilter's context itself */
+    SMFICTX *handle;              /* NULL once the connection is closed */
+    int stage;                    /* which callback runs now */
+
+    unsigned long offered_actions;
+    unsigned long actions;        /* SMFIF_*, agreed with the MTA */
+    unsigned long protocol;       /* SMFIP_*, agreed with the MTA */
+    bool in_message;              /* a message has begun and has no final verdict yet */
+    char reply_class;             /* '4' or '5' of the reply that waits, or 0 */
+    enum debt debt;
+    sfsistat owed;
+} ContextObject;
+
+/* What the connections accepted from the listening socket have for their own address. */
+typedef struct {
+    struct sockaddr_storage name;
+    socklen_t size;
+} LocalAddress;
+
+extern PyType_Spec context_spec;
+
+/* values.c: between C and Python, and the checks of arguments */
+void wake_main(void);
+double monotonic_now(void);
+PyObject *take_exception(void);
+void raise_exception(PyObject *exception);
+PyObject *text_from(const char *s, size_t size);
+int refuse(module_state *state, const char *call, const char *argument, const char *rule,
+           PyObject *value);
+PyObject *text_argument(module_state *state, const char *call, const char *argument,
+                        PyObject *value);
+PyObject *line_argument(module_state *state, const char *call, const char *argument,
+                        PyObject *value);
+PyObject *nonempty_line_argument(module_state *state, const char *call, const char *argument,
+                                 PyObject *value);
+PyObject *header_name_argument(module_state *state, const char *call, PyObject *value);
+PyObject *header_value_argument(module_state *state, const char *call, PyObject *value);
+void log_record(const char *method, PyObject *message, PyObject *exception);
+PyObject *client_address(const _SOCK_ADDR *address);
+
+/* miltermodule.c: the bridge */
+bool prepare_threads(void);
+void stop_with_exception(module_state *state);
+void end_message(ContextObject *context);
+void lock_context(ContextObject *context);
+void remember(ContextObject *context, SMFICTX *handle);
+void recall(ContextObject *context, SMFICTX *handle);
+
+/* context.c: the context object */
+ContextObject *new_context(module_state *state, SMFICTX *handle);
+void forget_connection(ContextObject *context);
+
+/* listener.c: the listening socket */
+int raise_os_error(module_state *state, int code, const char *what, const char *where,
+                   const char *mend);
+const char *why_bad_conn(const char *conn, char *advice, size_t advice_size);
+int open_socket(module_state *state, bool remove_old);
+void remove_unix_socket(void);
+void end_connections(LocalAddress *local);
+void stop_listening(LocalAddress *local);
+
+/* lifecycle.c: from main() to the end of the process */
+int start_libmilter(module_state *state);
+int open_pipe(module_state *state);
+PyObject *close_gate(PyObject *module, PyObject *Py_UNUSED(ignored));
+PyObject *leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored));
+int hook_interpreter(PyObject *module, module_state *state);
+void warn_of_few_descriptors(void);
+void run_filter(module_state *state);
+
+/* constants.c */
+int add_constants(PyObject *module);
+
+#endif
