@@ -1,0 +1,172 @@
+"""Fixtures: filters run as processes, and the MTA's side that talks to them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from Milter.mta import MTA
+
+FILTERS = Path(__file__).with_name("filters")
+WAIT = 20.0  # seconds: the bound of every wait, far above what a loaded machine needs
+
+
+def python_command() -> list[str]:
+    """This interpreter with the options that the tests themselves run under."""
+    options = ["-X", "dev"] if sys.flags.dev_mode else []
+    # pytest turns warnings into errors within its own process; only -W goes to children.
+    for option in sys.warnoptions:
+        options += ["-W", option]
+    return [sys.executable, *options]
+
+
+class Filter:
+    """A filter that runs as a process of its own.
+
+    ``socket``: where it listens, in libmilter's form.  ``output``: what it wrote to
+    standard output and standard error so far.
+    """
+
+    def __init__(self, command: list[str], socket_name: str, env: dict[str, str]) -> None:
+        self.socket = socket_name
+        self.process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        self._news = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            for line in stream:
+                with self._news:
+                    self._lines.append(line.decode(errors="backslashreplace").rstrip("\n"))
+                    self._news.notify_all()
+        with self._news:
+            self._lines.append("")  # the end, so that waiters look again
+            self._news.notify_all()
+
+    @property
+    def output(self) -> str:
+        with self._news:
+            return "\n".join(self._lines)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_for(self, text: str, count: int = 1) -> str:
+        """Wait until a line that holds `text` was written `count` times; returns the last."""
+        deadline = time.monotonic() + WAIT
+        with self._news:
+            while True:
+                found = [line for line in self._lines if text in line]
+                if len(found) >= count:
+                    return found[count - 1]
+                left = deadline - time.monotonic()
+                if left <= 0 or (self._lines and self._lines[-1] == "" and not self._alive()):
+                    raise AssertionError(f"no line with {text!r} in:\n" + "\n".join(self._lines))
+                self._news.wait(min(left, 0.2))
+
+    def _alive(self) -> bool:
+        return self.process.poll() is None
+
+    def mta(self, **options: Any) -> MTA:
+        """A connection to the filter, which may still be starting."""
+        options.setdefault("wait_for", WAIT)
+        options.setdefault("timeout", WAIT)
+        return MTA.connect(self.socket, **options)
+
+    def wait(self, timeout: float = WAIT) -> int:
+        """Wait until the process has ended; returns its exit status."""
+        status = self.process.wait(timeout)
+        self._reader.join(WAIT)
+        return status
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the filter as an administrator would; returns its exit status."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def kill(self) -> None:
+        if self._alive():
+            self.process.kill()
+        self.wait()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory whose name is short enough for a unix socket in it."""
+    with tempfile.TemporaryDirectory(prefix="milter-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def unix_socket(directory: Path) -> Callable[[], str]:
+    """Makes names for unix sockets: each call gives a new one, 'unix:PATH'."""
+    numbers = itertools.count()
+    return lambda: f"unix:{directory}/{next(numbers)}.sock"
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Finds TCP ports on the loopback interface that nobody listens on now."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+            return port
+
+    return find
+
+
+@pytest.fixture
+def run_filter(unix_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
+    """Starts filters: run_filter("name", *arguments) runs filters/name.py SOCKET *arguments.
+
+    ``source=``: the text of a script instead, which gets the same arguments.  ``socket=``: where
+    to listen; a fresh unix socket by default.  ``env=``: additions to the environment.
+    What still runs at the end of the test is killed.
+    """
+    started: list[Filter] = []
+
+    def run(
+        name: str | None = None,
+        *arguments: str,
+        source: str | None = None,
+        socket: str | None = None,
+        env: dict[str, str] | None = None,
+        options: tuple[str, ...] = (),
+    ) -> Filter:
+        where = socket or unix_socket()
+        script = ["-c", source] if source is not None else [str(FILTERS / f"{name}.py")]
+        command = [*python_command(), *options, *script, where, *arguments]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        started.append(Filter(command, where, environment))
+        return started[-1]
+
+    yield run
+    for each in started:
+        with contextlib.suppress(Exception):
+            each.kill()
