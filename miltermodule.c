@@ -83,7 +83,7 @@ static void
 give_back_thread_state(void *state)
 {
     if (!pass_gate()) {
-        return;                   /* the interpreter frees what is left of its threads */
+        return; /* the interpreter frees what is left of its threads */
     }
     PyEval_RestoreThread(state);
     if (PyGILState_Check()) {
@@ -147,17 +147,28 @@ leave_python(void)
     leave_gate();
 }
 
+/* Wait for a context's lock without the interpreter lock: its holder may be writing to the MTA. */
+void
+lock_context(ContextObject *context)
+{
+    if (pthread_mutex_trylock(&context->lock) != 0) {
+        Py_BEGIN_ALLOW_THREADS
+        pthread_mutex_lock(&context->lock);
+        Py_END_ALLOW_THREADS
+    }
+}
+
 /* ---------------------------------------------------- bridge: the verdicts */
 
 /* One call from libmilter on its way through Python. */
 typedef struct {
     SMFICTX *handle;
     enum stage stage;
-    bool attached;                /* this thread holds the interpreter lock */
-    bool failed;                  /* an exception is set */
-    ContextObject *context;       /* owned, or NULL */
-    PyObject *callback;           /* owned; NULL where nothing is to be called */
-    PyObject **args;              /* owned references; [0] is room for vectorcall */
+    bool attached;          /* this thread holds the interpreter lock */
+    bool failed;            /* an exception is set */
+    ContextObject *context; /* owned, or NULL */
+    PyObject *callback;     /* owned; NULL where nothing is to be called */
+    PyObject **args;        /* owned references; [0] is room for vectorcall */
     size_t count;
     PyObject *stack_args[STACK_ARGS];
     sfsistat verdict;
@@ -166,8 +177,7 @@ typedef struct {
 static bool
 without_reply(const Call *call)
 {
-    return call->context != NULL &&
-           (call->context->protocol & stages[call->stage].no_reply) != 0;
+    return call->context != NULL && (call->context->protocol & stages[call->stage].no_reply) != 0;
 }
 
 /* Does this verdict, given at this stage, end the message for this filter? */
@@ -180,7 +190,7 @@ ends_message(enum stage stage, sfsistat verdict)
         return true;
     case SMFIS_REJECT:
     case SMFIS_TEMPFAIL:
-        return stage != ENVRCPT;  /* there it is about one recipient */
+        return stage != ENVRCPT; /* there it is about one recipient */
     default:
         return stage == EOM;
     }
@@ -189,9 +199,16 @@ ends_message(enum stage stage, sfsistat verdict)
 static void
 set_reply(Call *call, const char *code, const char *enhanced, const char *text)
 {
+    int result;
+
+    if (call->context == NULL) {
+        return;
+    }
     /* libmilter's prototype is not const; it copies.  A failure leaves the default reply. */
-    if (smfi_setreply(call->handle, (char *)code, (char *)enhanced, (char *)text) == MI_SUCCESS &&
-        call->context != NULL) {
+    lock_context(call->context);
+    result = smfi_setreply(call->handle, (char *)code, (char *)enhanced, (char *)text);
+    pthread_mutex_unlock(&call->context->lock);
+    if (result == MI_SUCCESS) {
         call->context->reply_class = code[0];
     }
 }
@@ -312,7 +329,7 @@ report_exception(Call *call)
 #if PY_VERSION_HEX >= 0x030B0000
     done = message == NULL ? NULL : PyObject_CallMethod(exception, "add_note", "O", message);
     if (done == NULL) {
-        PyErr_Clear();            /* the note is a courtesy; the report matters */
+        PyErr_Clear(); /* the note is a courtesy; the report matters */
     }
     Py_XDECREF(done);
 #endif
@@ -343,7 +360,7 @@ take_policy(Call *call)
         report_exception(call);
     }
     if (call->stage == NEGOTIATE) {
-        call->verdict = SMFIS_REJECT;   /* the MTA goes on without the filter */
+        call->verdict = SMFIS_REJECT; /* the MTA goes on without the filter */
     }
     else if (call->stage == ABORT || call->stage == CLOSE) {
         call->verdict = SMFIS_CONTINUE; /* nobody waits for it */
@@ -404,8 +421,8 @@ check_reply_class(Call *call)
     log_record("warning",
                PyUnicode_FromFormat("the %s callback returned %s after setreply with a %cxx code: "
                                     "libmilter drops that reply, the verdict stands",
-                                    stages[call->stage].name,
-                                    wanted == '4' ? "TEMPFAIL" : "REJECT", have),
+                                    stages[call->stage].name, wanted == '4' ? "TEMPFAIL" : "REJECT",
+                                    have),
                NULL);
 }
 
@@ -425,7 +442,7 @@ take_verdict(Call *call, PyObject *result)
     else {
         verdict = PyLong_AsLong(result);
         if (verdict == -1) {
-            PyErr_Clear();        /* too large, or -1: no verdict either way */
+            PyErr_Clear(); /* too large, or -1: no verdict either way */
         }
         why = why_no_verdict(call, verdict);
     }
@@ -477,13 +494,13 @@ track_message(Call *call)
     ContextObject *context = call->context;
 
     if (call->stage == ENVFROM) {
-        end_message(context);     /* sendmail may send no ABORT after an early verdict */
+        end_message(context); /* sendmail may send no ABORT after an early verdict */
     }
     if (!stages[call->stage].in_message || context->in_message) {
         return true;
     }
     if (context->debt != NOTHING_OWED) {
-        return true;              /* answered by pay() before the application sees it */
+        return true; /* answered by pay() before the application sees it */
     }
     /* Counted before the look at the flag, as main() looks at the count after setting it. */
     atomic_fetch_add(&filter.messages, 1);
@@ -494,17 +511,6 @@ track_message(Call *call)
     end_message(context);
     call->verdict = answer(call, SMFIS_TEMPFAIL, "4.3.2", "5.3.2", "stopping, try again later:");
     return false;
-}
-
-/* Wait for a context's lock without the interpreter lock: its holder may be writing to the MTA. */
-void
-lock_context(ContextObject *context)
-{
-    if (pthread_mutex_trylock(&context->lock) != 0) {
-        Py_BEGIN_ALLOW_THREADS
-        pthread_mutex_lock(&context->lock);
-        Py_END_ALLOW_THREADS
-    }
 }
 
 static void
@@ -527,10 +533,10 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
         /* Not without the filter's word: the MTA keeps or refuses the message for now.  The
          * context is C memory that outlives the interpreter, so it may still be looked at. */
         call->context = smfi_getpriv(handle);
-        call->verdict = stage == NEGOTIATE        ? SMFIS_REJECT
-                        : without_reply(call)     ? SMFIS_NOREPLY
+        call->verdict = stage == NEGOTIATE         ? SMFIS_REJECT
+                        : without_reply(call)      ? SMFIS_NOREPLY
                         : stages[stage].in_message ? SMFIS_TEMPFAIL
-                                                  : SMFIS_CONTINUE;
+                                                   : SMFIS_CONTINUE;
         call->context = NULL;
         return false;
     }
@@ -546,7 +552,7 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
         return false;
     }
     if (stage == ABORT && !call->context->in_message) {
-        return false;             /* one abort for a message, and none after its verdict */
+        return false; /* one abort for a message, and none after its verdict */
     }
     call->callback = Py_XNewRef(call->context->state->callbacks[stage]);
     if (call->callback == NULL) {
@@ -810,7 +816,7 @@ remember(ContextObject *context, SMFICTX *handle)
     PyObject *value = Py_BuildValue("(kk)", context->actions, context->protocol);
 
     if (key == NULL || value == NULL || PyDict_SetItem(context->state->agreed, key, value) < 0) {
-        PyErr_Clear();            /* out of memory: the next session has no extra options */
+        PyErr_Clear(); /* out of memory: the next session has no extra options */
     }
     Py_XDECREF(key);
     Py_XDECREF(value);
@@ -820,8 +826,7 @@ void
 recall(ContextObject *context, SMFICTX *handle)
 {
     PyObject *key = PyLong_FromVoidPtr(handle);
-    PyObject *value = key == NULL ? NULL
-                                  : PyDict_GetItemWithError(context->state->agreed, key);
+    PyObject *value = key == NULL ? NULL : PyDict_GetItemWithError(context->state->agreed, key);
 
     if (value != NULL) {
         (void)PyArg_ParseTuple(value, "kk", &context->actions, &context->protocol);
@@ -990,14 +995,14 @@ before_start(PyObject *module, const char *call)
 }
 
 PyDoc_STRVAR(main_doc,
-"main($module, /)\n--\n\n"
-"Run the filter until stop(), SIGTERM, SIGINT or SIGHUP; then let messages in\n"
-"progress end (see set_drain_timeout) and return.\n\n"
-"A signal for which the application installed a handler runs that handler instead.\n"
-"On another thread than the main one, a signal with its default action takes that\n"
-"action after the filter has drained.\n\n"
-"Raises error for a call out of order or where libmilter fails, and whatever a\n"
-"signal handler, or sys.exit() in a callback, raised.  libmilter: smfi_main.");
+             "main($module, /)\n--\n\n"
+             "Run the filter until stop(), SIGTERM, SIGINT or SIGHUP; then let messages in\n"
+             "progress end (see set_drain_timeout) and return.\n\n"
+             "A signal for which the application installed a handler runs that handler instead.\n"
+             "On another thread than the main one, a signal with its default action takes that\n"
+             "action after the filter has drained.\n\n"
+             "Raises error for a call out of order or where libmilter fails, and whatever a\n"
+             "signal handler, or sys.exit() in a callback, raised.  libmilter: smfi_main.");
 
 static PyObject *
 milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -1043,15 +1048,15 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     if (PyErr_CheckSignals() < 0) {
-        return NULL;              /* a handler that take_put_off_action() called for */
+        return NULL; /* a handler that take_put_off_action() called for */
     }
     Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(stop_doc,
-"stop($module, /)\n--\n\n"
-"Ask main() to stop the filter; from any thread, callback or signal handler.\n\n"
-"Returns at once.  Before main() it makes main() return at once.");
+             "stop($module, /)\n--\n\n"
+             "Ask main() to stop the filter; from any thread, callback or signal handler.\n\n"
+             "Returns at once.  Before main() it makes main() return at once.");
 
 static PyObject *
 milter_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
@@ -1061,12 +1066,13 @@ milter_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(register_doc,
-"register($module, /, name, unknown=..., data=..., negotiate=...)\n--\n\n"
-"Tell libmilter the name of the filter; before opensocket() and main().\n\n"
-"name: one line, str; it appears in replies and in the system's log.  unknown, data,\n"
-"negotiate: set these callbacks, or remove them by None; one left out stays as it is.\n\n"
-"Raises error while the filter runs.  libmilter: smfi_register.");
+PyDoc_STRVAR(
+    register_doc,
+    "register($module, /, name, unknown=..., data=..., negotiate=...)\n--\n\n"
+    "Tell libmilter the name of the filter; before opensocket() and main().\n\n"
+    "name: one line, str; it appears in replies and in the system's log.  unknown, data,\n"
+    "negotiate: set these callbacks, or remove them by None; one left out stays as it is.\n\n"
+    "Raises error while the filter runs.  libmilter: smfi_register.");
 
 static int
 set_given_callback(module_state *state, enum stage stage, PyObject *value)
@@ -1141,19 +1147,21 @@ milter_register(PyObject *module, PyObject *args, PyObject *keywords)
     free(state->name);
     state->name = copy;
     if (describe_filter(copy) != MI_SUCCESS) {
-        return out_of_order(module, "smfi_register", "the header and the library of libmilter "
-                                                     "are of different versions");
+        return out_of_order(module, "smfi_register",
+                            "the header and the library of libmilter "
+                            "are of different versions");
     }
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(setconn_doc,
-"setconn($module, name, /)\n--\n\n"
-"Say where the filter listens: 'unix:PATH' (or 'local:PATH', a bare path),\n"
-"'inet:PORT@HOST', 'inet:PORT' (all interfaces), 'inet6:PORT@[ADDRESS]', or 'fd:NUMBER'\n"
-"(a listening socket that is open already, where libmilter knows it).\n\n"
-"Raises InvalidArgument for anything else, the order of Postfix (inet:HOST:PORT)\n"
-"included; error once the socket is open.  libmilter: smfi_setconn.");
+PyDoc_STRVAR(
+    setconn_doc,
+    "setconn($module, name, /)\n--\n\n"
+    "Say where the filter listens: 'unix:PATH' (or 'local:PATH', a bare path),\n"
+    "'inet:PORT@HOST', 'inet:PORT' (all interfaces), 'inet6:PORT@[ADDRESS]', or 'fd:NUMBER'\n"
+    "(a listening socket that is open already, where libmilter knows it).\n\n"
+    "Raises InvalidArgument for anything else, the order of Postfix (inet:HOST:PORT)\n"
+    "included; error once the socket is open.  libmilter: smfi_setconn.");
 
 static PyObject *
 milter_setconn(PyObject *module, PyObject *value)
@@ -1191,13 +1199,14 @@ milter_setconn(PyObject *module, PyObject *value)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(opensocket_doc,
-"opensocket($module, rmsock, /)\n--\n\n"
-"Open the socket now, so that it can be given its mode before main().\n\n"
-"rmsock: whether to remove a unix socket that was left at the path; nothing but a\n"
-"socket is ever removed.\n\n"
-"Raises error, with the OSError as its cause, that says what is wrong with the path or\n"
-"the port.  libmilter: smfi_opensocket.");
+PyDoc_STRVAR(
+    opensocket_doc,
+    "opensocket($module, rmsock, /)\n--\n\n"
+    "Open the socket now, so that it can be given its mode before main().\n\n"
+    "rmsock: whether to remove a unix socket that was left at the path; nothing but a\n"
+    "socket is ever removed.\n\n"
+    "Raises error, with the OSError as its cause, that says what is wrong with the path or\n"
+    "the port.  libmilter: smfi_opensocket.");
 
 static PyObject *
 milter_opensocket(PyObject *module, PyObject *value)
@@ -1239,9 +1248,9 @@ setting(PyObject *module, const char *call, const char *argument, PyObject *valu
 }
 
 PyDoc_STRVAR(settimeout_doc,
-"settimeout($module, seconds, /)\n--\n\n"
-"How long the filter waits for the MTA before it gives a connection up; 0 means at\n"
-"once, libmilter's default is 7210 s.  libmilter: smfi_settimeout.");
+             "settimeout($module, seconds, /)\n--\n\n"
+             "How long the filter waits for the MTA before it gives a connection up; 0 means at\n"
+             "once, libmilter's default is 7210 s.  libmilter: smfi_settimeout.");
 
 static PyObject *
 milter_settimeout(PyObject *module, PyObject *value)
@@ -1256,8 +1265,8 @@ milter_settimeout(PyObject *module, PyObject *value)
 }
 
 PyDoc_STRVAR(setbacklog_doc,
-"setbacklog($module, n, /)\n--\n\n"
-"How many connections may wait to be accepted, from 1.  libmilter: smfi_setbacklog.");
+             "setbacklog($module, n, /)\n--\n\n"
+             "How many connections may wait to be accepted, from 1.  libmilter: smfi_setbacklog.");
 
 static PyObject *
 milter_setbacklog(PyObject *module, PyObject *value)
@@ -1271,9 +1280,10 @@ milter_setbacklog(PyObject *module, PyObject *value)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(setdbg_doc,
-"setdbg($module, level, /)\n--\n\n"
-"How much libmilter prints of what it does: 0 (nothing) to 6.  libmilter: smfi_setdbg.");
+PyDoc_STRVAR(
+    setdbg_doc,
+    "setdbg($module, level, /)\n--\n\n"
+    "How much libmilter prints of what it does: 0 (nothing) to 6.  libmilter: smfi_setdbg.");
 
 static PyObject *
 milter_setdbg(PyObject *module, PyObject *value)
@@ -1288,9 +1298,9 @@ milter_setdbg(PyObject *module, PyObject *value)
 }
 
 PyDoc_STRVAR(setmaxdatasize_doc,
-"setmaxdatasize($module, size, /)\n--\n\n"
-"The largest packet, in bytes, that is taken from the MTA; returns the former limit.\n"
-"libmilter: smfi_setmaxdatasize.");
+             "setmaxdatasize($module, size, /)\n--\n\n"
+             "The largest packet, in bytes, that is taken from the MTA; returns the former limit.\n"
+             "libmilter: smfi_setmaxdatasize.");
 
 static PyObject *
 milter_setmaxdatasize(PyObject *module, PyObject *value)
@@ -1304,9 +1314,9 @@ milter_setmaxdatasize(PyObject *module, PyObject *value)
 }
 
 PyDoc_STRVAR(set_drain_timeout_doc,
-"set_drain_timeout($module, seconds, /)\n--\n\n"
-"How long messages in progress may take to end after a stop; 30 s by default, 0 cuts\n"
-"them.  May be called at any time.");
+             "set_drain_timeout($module, seconds, /)\n--\n\n"
+             "How long messages in progress may take to end after a stop; 30 s by default, 0 cuts\n"
+             "them.  May be called at any time.");
 
 static PyObject *
 milter_set_drain_timeout(PyObject *module, PyObject *value)
@@ -1326,9 +1336,9 @@ milter_set_drain_timeout(PyObject *module, PyObject *value)
 }
 
 PyDoc_STRVAR(set_flags_doc,
-"set_flags($module, flags, /)\n--\n\n"
-"The actions that the filter wants: ADDHDRS, CHGBODY, ..., joined by '|'.\n\n"
-"They count where there is no negotiate callback, as far as the MTA offers them.");
+             "set_flags($module, flags, /)\n--\n\n"
+             "The actions that the filter wants: ADDHDRS, CHGBODY, ..., joined by '|'.\n\n"
+             "They count where there is no negotiate callback, as far as the MTA offers them.");
 
 static PyObject *
 milter_set_flags(PyObject *module, PyObject *value)
@@ -1342,10 +1352,11 @@ milter_set_flags(PyObject *module, PyObject *value)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(set_exception_policy_doc,
-"set_exception_policy($module, code, /)\n--\n\n"
-"The verdict for an exception that a callback does not catch: TEMPFAIL (the default),\n"
-"REJECT, CONTINUE or ACCEPT.");
+PyDoc_STRVAR(
+    set_exception_policy_doc,
+    "set_exception_policy($module, code, /)\n--\n\n"
+    "The verdict for an exception that a callback does not catch: TEMPFAIL (the default),\n"
+    "REJECT, CONTINUE or ACCEPT.");
 
 static PyObject *
 milter_set_exception_policy(PyObject *module, PyObject *value)
@@ -1365,10 +1376,11 @@ milter_set_exception_policy(PyObject *module, PyObject *value)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(getversion_doc,
-"getversion($module, /)\n--\n\n"
-"The version of the libmilter that is loaded: (major, minor, patch level).  VERSION is\n"
-"the one that was compiled against.  libmilter: smfi_version.");
+PyDoc_STRVAR(
+    getversion_doc,
+    "getversion($module, /)\n--\n\n"
+    "The version of the libmilter that is loaded: (major, minor, patch level).  VERSION is\n"
+    "the one that was compiled against.  libmilter: smfi_version.");
 
 static PyObject *
 milter_getversion(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -1381,10 +1393,11 @@ milter_getversion(PyObject *module, PyObject *Py_UNUSED(ignored))
     return Py_BuildValue("(III)", major, minor, patch);
 }
 
-PyDoc_STRVAR(getdiag_doc,
-"getdiag($module, /)\n--\n\n"
-"Counters of this process: (contexts created, contexts deleted, messages in progress,\n"
-"threads of libmilter in Python now).");
+PyDoc_STRVAR(
+    getdiag_doc,
+    "getdiag($module, /)\n--\n\n"
+    "Counters of this process: (contexts created, contexts deleted, messages in progress,\n"
+    "threads of libmilter in Python now).");
 
 static PyObject *
 milter_getdiag(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
@@ -1393,15 +1406,15 @@ milter_getdiag(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
                          atomic_load(&filter.messages), atomic_load(&filter.inside));
 }
 
-#define CALLBACK_SETTER(name, STAGE, arguments)                                                 \
-    PyDoc_STRVAR(set_##name##_callback_doc,                                                     \
-                 "set_" #name "_callback($module, callback, /)\n--\n\n"                         \
-                 "Set what is called for this step, as callback(" arguments "), or None for\n"  \
-                 "nothing.  Returns the callback that it replaces, or None.  It takes effect\n" \
-                 "at once, for what the MTA was asked to send.");                               \
-    static PyObject *milter_set_##name##_callback(PyObject *module, PyObject *callback)         \
-    {                                                                                           \
-        return replace_callback(module, STAGE, callback);                                       \
+#define CALLBACK_SETTER(name, STAGE, arguments)                                                    \
+    PyDoc_STRVAR(set_##name##_callback_doc,                                                        \
+                 "set_" #name "_callback($module, callback, /)\n--\n\n"                            \
+                 "Set what is called for this step, as callback(" arguments "), or None for\n"     \
+                 "nothing.  Returns the callback that it replaces, or None.  It takes effect\n"    \
+                 "at once, for what the MTA was asked to send.");                                  \
+    static PyObject *milter_set_##name##_callback(PyObject *module, PyObject *callback)            \
+    {                                                                                              \
+        return replace_callback(module, STAGE, callback);                                          \
     }
 
 static PyObject *
@@ -1428,7 +1441,10 @@ CALLBACK_SETTER(eom, EOM, "ctx")
 CALLBACK_SETTER(abort, ABORT, "ctx")
 CALLBACK_SETTER(close, CLOSE, "ctx")
 
-#define FUNCTION(name, flags) {#name, (PyCFunction)(void (*)(void))milter_##name, flags, name##_doc}
+#define FUNCTION(name, flags)                                                                      \
+    {                                                                                              \
+#name, (PyCFunction)(void (*)(void))milter_##name, flags, name##_doc                       \
+    }
 
 static PyMethodDef milter_functions[] = {
     FUNCTION(getdiag, METH_NOARGS),
@@ -1462,15 +1478,15 @@ static PyMethodDef milter_functions[] = {
 
 /* ------------------------------------------------------ module definition */
 
-PyDoc_STRVAR(module_doc,
-"Mail filters on sendmail's libmilter: the functions and constants of <libmilter/mfapi.h>.\n\n"
-"Most filters use the package Milter, which is built on this.");
+PyDoc_STRVAR(
+    module_doc,
+    "Mail filters on sendmail's libmilter: the functions and constants of <libmilter/mfapi.h>.\n\n"
+    "Most filters use the package Milter, which is built on this.");
 
-PyDoc_STRVAR(error_doc,
-"What libmilter, or a call out of order, fails with.");
+PyDoc_STRVAR(error_doc, "What libmilter, or a call out of order, fails with.");
 
 PyDoc_STRVAR(invalid_argument_doc,
-"A value that is refused before libmilter sees it: both an error and a ValueError.");
+             "A value that is refused before libmilter sees it: both an error and a ValueError.");
 
 static int
 add_exceptions(PyObject *module, module_state *state)
@@ -1502,9 +1518,10 @@ milter_exec(PyObject *module)
     module_state *state = state_of(module);
     PyObject *type;
 
-    if (filter.state != NULL) {
+    if (PyInterpreterState_Get() != PyInterpreterState_Main() || filter.phase == RUNNING) {
         PyErr_SetString(PyExc_ImportError,
-                        "milter can be loaded once in a process: libmilter is one to a process");
+                        "milter works in the main interpreter only, and is not to be loaded anew "
+                        "while main() runs: libmilter is one to a process");
         return -1;
     }
     state->policy = SMFIS_TEMPFAIL;
@@ -1579,14 +1596,10 @@ static PyModuleDef_Slot milter_slots[] = {
 };
 
 static struct PyModuleDef milter_module = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "milter",
-    .m_doc = module_doc,
-    .m_size = sizeof(module_state),
-    .m_methods = milter_functions,
-    .m_slots = milter_slots,
-    .m_traverse = milter_traverse,
-    .m_clear = milter_clear,
+    PyModuleDef_HEAD_INIT,         .m_name = "milter",
+    .m_doc = module_doc,           .m_size = sizeof(module_state),
+    .m_methods = milter_functions, .m_slots = milter_slots,
+    .m_traverse = milter_traverse, .m_clear = milter_clear,
     .m_free = milter_free,
 };
 

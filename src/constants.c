@@ -91,4 +91,3 @@ add_constants(PyObject *module)
     }
     return PyModule_AddIntConstant(module, "FAILURE", MI_FAILURE);
 }
-

@@ -27,7 +27,7 @@ forget_connection(ContextObject *context)
 
     end_message(context);
     remember(context, handle);
-    lock_context(context);        /* another thread may be in libmilter with this handle */
+    lock_context(context); /* another thread may be in libmilter with this handle */
     context->handle = NULL;
     context->stage = OUTSIDE;
     pthread_mutex_unlock(&context->lock);
@@ -36,8 +36,8 @@ forget_connection(ContextObject *context)
     if (atomic_load(&filter.draining)) {
         wake_main();
     }
-    Py_CLEAR(context->priv);      /* breaks the cycle with the application's object */
-    Py_DECREF(context);           /* the reference that libmilter's private pointer owned */
+    Py_CLEAR(context->priv); /* breaks the cycle with the application's object */
+    Py_DECREF(context);      /* the reference that libmilter's private pointer owned */
 }
 
 static int
@@ -82,11 +82,11 @@ context_dealloc(PyObject *op)
 enum { ANY_CALLBACK = -2 };
 
 typedef struct {
-    const char *call;             /* libmilter's name, for errors */
-    int stage;                    /* where it is allowed, or ANY_CALLBACK */
-    unsigned long needs;          /* SMFIF_* that must have been agreed, or 0 */
+    const char *call;    /* libmilter's name, for errors */
+    int stage;           /* where it is allowed, or ANY_CALLBACK */
+    unsigned long needs; /* SMFIF_* that must have been agreed, or 0 */
     const char *needs_name;
-    bool writes;                  /* it sends to the MTA, which may take long */
+    bool writes; /* it sends to the MTA, which may take long */
     int (*run)(SMFICTX *handle, void *operands);
 } Action;
 
@@ -143,8 +143,8 @@ perform(ContextObject *self, const Action *action, void *operands)
         PyErr_SetString(self->state->error, why);
     }
     else if (strcmp(why, "was not negotiated") == 0) {
-        PyErr_Format(self->state->error, "%s: %s %s with the MTA", action->call,
-                     action->needs_name, why);
+        PyErr_Format(self->state->error, "%s: %s %s with the MTA", action->call, action->needs_name,
+                     why);
     }
     else {
         PyErr_Format(self->state->error, "%s: %s", action->call, why);
@@ -233,7 +233,7 @@ run_replacebody(SMFICTX *handle, void *operands)
 /* The value is copied under the lock: it stays libmilter's memory. */
 typedef struct {
     char *name;
-    char *copy;                   /* NULL where the macro is not defined; free() it */
+    char *copy; /* NULL where the macro is not defined; free() it */
     bool no_memory;
 } MacroLookup;
 
@@ -267,9 +267,9 @@ run_setreply(SMFICTX *handle, void *operands)
     }
     /* A list of variable length that ends at its first NULL: the lines beyond count are NULL. */
     return smfi_setmlreply(handle, r->code, r->enhanced, l[0], l[1], l[2], l[3], l[4], l[5], l[6],
-                           l[7], l[8], l[9], l[10], l[11], l[12], l[13], l[14], l[15], l[16],
-                           l[17], l[18], l[19], l[20], l[21], l[22], l[23], l[24], l[25], l[26],
-                           l[27], l[28], l[29], l[30], l[31], (char *)NULL);
+                           l[7], l[8], l[9], l[10], l[11], l[12], l[13], l[14], l[15], l[16], l[17],
+                           l[18], l[19], l[20], l[21], l[22], l[23], l[24], l[25], l[26], l[27],
+                           l[28], l[29], l[30], l[31], (char *)NULL);
 }
 
 static int
@@ -294,10 +294,8 @@ static const Action action_quarantine = {"smfi_quarantine", EOM, NEEDS(QUARANTIN
 static const Action action_progress = {"smfi_progress", EOM, 0, NULL, true, run_progress};
 static const Action action_getsymval = {"smfi_getsymval", ANY_CALLBACK, 0, NULL, false,
                                         run_getsymval};
-static const Action action_setreply = {"smfi_setreply", ANY_CALLBACK, 0, NULL, false,
-                                       run_setreply};
-static const Action action_setsymlist = {"smfi_setsymlist", NEGOTIATE, 0, NULL, false,
-                                         run_nothing};
+static const Action action_setreply = {"smfi_setreply", ANY_CALLBACK, 0, NULL, false, run_setreply};
+static const Action action_setsymlist = {"smfi_setsymlist", NEGOTIATE, 0, NULL, false, run_nothing};
 #undef NEEDS
 
 static char *
@@ -329,13 +327,13 @@ perform_strings(ContextObject *self, const Action *action, PyObject *first, PyOb
 /* --- methods */
 
 PyDoc_STRVAR(addheader_doc,
-"addheader($self, /, name, value, idx=-1)\n--\n\n"
-"Add a header field to the message; only in the eom callback.\n\n"
-"name, value: str (sent as UTF-8) or bytes.  A value may be folded with LF, or\n"
-"CRLF, before a space or tab.  idx: at which place among all header fields, 0 for\n"
-"the top; below 0 the field goes to the end.\n\n"
-"Raises InvalidArgument for what could forge a header, error where ADDHDRS was not\n"
-"negotiated.  libmilter: smfi_addheader, smfi_insheader.");
+             "addheader($self, /, name, value, idx=-1)\n--\n\n"
+             "Add a header field to the message; only in the eom callback.\n\n"
+             "name, value: str (sent as UTF-8) or bytes.  A value may be folded with LF, or\n"
+             "CRLF, before a space or tab.  idx: at which place among all header fields, 0 for\n"
+             "the top; below 0 the field goes to the end.\n\n"
+             "Raises InvalidArgument for what could forge a header, error where ADDHDRS was not\n"
+             "negotiated.  libmilter: smfi_addheader, smfi_insheader.");
 
 static PyObject *
 context_addheader(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -354,12 +352,12 @@ context_addheader(ContextObject *self, PyObject *args, PyObject *keywords)
 }
 
 PyDoc_STRVAR(chgheader_doc,
-"chgheader($self, /, name, idx, value)\n--\n\n"
-"Change or delete a header field of the message; only in the eom callback.\n\n"
-"idx: which of the fields of that name, counted from 1.  value: str, bytes, or None\n"
-"(or empty) to delete it.\n\n"
-"Raises InvalidArgument for what could forge a header, error where CHGHDRS was not\n"
-"negotiated.  libmilter: smfi_chgheader.");
+             "chgheader($self, /, name, idx, value)\n--\n\n"
+             "Change or delete a header field of the message; only in the eom callback.\n\n"
+             "idx: which of the fields of that name, counted from 1.  value: str, bytes, or None\n"
+             "(or empty) to delete it.\n\n"
+             "Raises InvalidArgument for what could forge a header, error where CHGHDRS was not\n"
+             "negotiated.  libmilter: smfi_chgheader.");
 
 static PyObject *
 context_chgheader(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -388,11 +386,11 @@ context_chgheader(ContextObject *self, PyObject *args, PyObject *keywords)
 }
 
 PyDoc_STRVAR(addrcpt_doc,
-"addrcpt($self, /, rcpt, params=None)\n--\n\n"
-"Add a recipient to the envelope; only in the eom callback.\n\n"
-"rcpt: the address, str or bytes.  params: ESMTP parameters, separated by spaces.\n\n"
-"Raises InvalidArgument for a line break or NUL, error where ADDRCPT (with params:\n"
-"ADDRCPT_PAR) was not negotiated.  libmilter: smfi_addrcpt, smfi_addrcpt_par.");
+             "addrcpt($self, /, rcpt, params=None)\n--\n\n"
+             "Add a recipient to the envelope; only in the eom callback.\n\n"
+             "rcpt: the address, str or bytes.  params: ESMTP parameters, separated by spaces.\n\n"
+             "Raises InvalidArgument for a line break or NUL, error where ADDRCPT (with params:\n"
+             "ADDRCPT_PAR) was not negotiated.  libmilter: smfi_addrcpt, smfi_addrcpt_par.");
 
 static PyObject *
 context_addrcpt(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -412,11 +410,11 @@ context_addrcpt(ContextObject *self, PyObject *args, PyObject *keywords)
 }
 
 PyDoc_STRVAR(delrcpt_doc,
-"delrcpt($self, /, rcpt)\n--\n\n"
-"Remove a recipient from the envelope; only in the eom callback.\n\n"
-"rcpt: the address as the envrcpt callback got it, str or bytes.\n\n"
-"Raises InvalidArgument for a line break or NUL, error where DELRCPT was not\n"
-"negotiated.  libmilter: smfi_delrcpt.");
+             "delrcpt($self, /, rcpt)\n--\n\n"
+             "Remove a recipient from the envelope; only in the eom callback.\n\n"
+             "rcpt: the address as the envrcpt callback got it, str or bytes.\n\n"
+             "Raises InvalidArgument for a line break or NUL, error where DELRCPT was not\n"
+             "negotiated.  libmilter: smfi_delrcpt.");
 
 static PyObject *
 context_delrcpt(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -431,12 +429,13 @@ context_delrcpt(ContextObject *self, PyObject *args, PyObject *keywords)
     return perform_strings(self, &action_delrcpt, rcpt, NULL, 0);
 }
 
-PyDoc_STRVAR(chgfrom_doc,
-"chgfrom($self, /, sender, params=None)\n--\n\n"
-"Replace the envelope sender; only in the eom callback.\n\n"
-"sender: the address, str or bytes.  params: ESMTP parameters, separated by spaces.\n\n"
-"Raises InvalidArgument for a line break or NUL, error where CHGFROM was not\n"
-"negotiated.  libmilter: smfi_chgfrom.");
+PyDoc_STRVAR(
+    chgfrom_doc,
+    "chgfrom($self, /, sender, params=None)\n--\n\n"
+    "Replace the envelope sender; only in the eom callback.\n\n"
+    "sender: the address, str or bytes.  params: ESMTP parameters, separated by spaces.\n\n"
+    "Raises InvalidArgument for a line break or NUL, error where CHGFROM was not\n"
+    "negotiated.  libmilter: smfi_chgfrom.");
 
 static PyObject *
 context_chgfrom(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -449,18 +448,18 @@ context_chgfrom(ContextObject *self, PyObject *args, PyObject *keywords)
     }
     sender = nonempty_line_argument(self->state, "chgfrom", "sender", sender);
     if (sender != NULL) {
-        params = params == Py_None ? NULL
-                                   : line_argument(self->state, "chgfrom", "params", params);
+        params = params == Py_None ? NULL : line_argument(self->state, "chgfrom", "params", params);
     }
     return perform_strings(self, &action_chgfrom, sender, sender == NULL ? NULL : params, 0);
 }
 
-PyDoc_STRVAR(quarantine_doc,
-"quarantine($self, /, reason)\n--\n\n"
-"Have the MTA hold the message; only in the eom callback, and a verdict is still due.\n\n"
-"reason: one line for the MTA's log, str or bytes, not empty.\n\n"
-"Raises InvalidArgument for a line break or NUL, error where QUARANTINE was not\n"
-"negotiated.  libmilter: smfi_quarantine.");
+PyDoc_STRVAR(
+    quarantine_doc,
+    "quarantine($self, /, reason)\n--\n\n"
+    "Have the MTA hold the message; only in the eom callback, and a verdict is still due.\n\n"
+    "reason: one line for the MTA's log, str or bytes, not empty.\n\n"
+    "Raises InvalidArgument for a line break or NUL, error where QUARANTINE was not\n"
+    "negotiated.  libmilter: smfi_quarantine.");
 
 static PyObject *
 context_quarantine(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -475,10 +474,11 @@ context_quarantine(ContextObject *self, PyObject *args, PyObject *keywords)
     return perform_strings(self, &action_quarantine, reason, NULL, 0);
 }
 
-PyDoc_STRVAR(progress_doc,
-"progress($self, /)\n--\n\n"
-"Tell the MTA that the filter still works, so that it waits on; only in the eom callback.\n\n"
-"Raises error where the connection is broken.  libmilter: smfi_progress.");
+PyDoc_STRVAR(
+    progress_doc,
+    "progress($self, /)\n--\n\n"
+    "Tell the MTA that the filter still works, so that it waits on; only in the eom callback.\n\n"
+    "Raises error where the connection is broken.  libmilter: smfi_progress.");
 
 static PyObject *
 context_progress(ContextObject *self, PyObject *Py_UNUSED(ignored))
@@ -490,11 +490,11 @@ context_progress(ContextObject *self, PyObject *Py_UNUSED(ignored))
 }
 
 PyDoc_STRVAR(replacebody_doc,
-"replacebody($self, /, body)\n--\n\n"
-"Replace the body of the message; only in the eom callback.\n\n"
-"body: bytes or any bytes-like object of any size (sent as it is, with CRLF line\n"
-"ends), or str (sent as UTF-8).  Further calls append.\n\n"
-"Raises error where CHGBODY was not negotiated.  libmilter: smfi_replacebody.");
+             "replacebody($self, /, body)\n--\n\n"
+             "Replace the body of the message; only in the eom callback.\n\n"
+             "body: bytes or any bytes-like object of any size (sent as it is, with CRLF line\n"
+             "ends), or str (sent as UTF-8).  Further calls append.\n\n"
+             "Raises error where CHGBODY was not negotiated.  libmilter: smfi_replacebody.");
 
 static PyObject *
 context_replacebody(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -530,10 +530,10 @@ context_replacebody(ContextObject *self, PyObject *args, PyObject *keywords)
 }
 
 PyDoc_STRVAR(getsymval_doc,
-"getsymval($self, /, name)\n--\n\n"
-"The value of a macro that the MTA sent, str, or None where it sent none.\n\n"
-"name: e.g. 'i' (the queue id) or '{client_addr}'; braces may be left out around one\n"
-"letter.  libmilter: smfi_getsymval.");
+             "getsymval($self, /, name)\n--\n\n"
+             "The value of a macro that the MTA sent, str, or None where it sent none.\n\n"
+             "name: e.g. 'i' (the queue id) or '{client_addr}'; braces may be left out around one\n"
+             "letter.  libmilter: smfi_getsymval.");
 
 static PyObject *
 context_getsymval(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -663,13 +663,13 @@ reply_codes(module_state *state, PyObject **code, PyObject **enhanced)
 }
 
 PyDoc_STRVAR(setreply_doc,
-"setreply($self, /, rcode, xcode=None, msg=None, *more)\n--\n\n"
-"Set the SMTP reply that goes with the next REJECT or TEMPFAIL verdict.\n\n"
-"rcode: '4xx' or '5xx'; it fits TEMPFAIL or REJECT by its first digit, otherwise\n"
-"libmilter drops it (logged).  xcode: an enhanced code such as '5.7.1' (RFC 3463).\n"
-"msg, more: up to 32 lines of at most 980 bytes, str or bytes, '%' doubled.\n\n"
-"Raises InvalidArgument, which says what rule is broken.  libmilter: smfi_setreply,\n"
-"smfi_setmlreply.");
+             "setreply($self, /, rcode, xcode=None, msg=None, *more)\n--\n\n"
+             "Set the SMTP reply that goes with the next REJECT or TEMPFAIL verdict.\n\n"
+             "rcode: '4xx' or '5xx'; it fits TEMPFAIL or REJECT by its first digit, otherwise\n"
+             "libmilter drops it (logged).  xcode: an enhanced code such as '5.7.1' (RFC 3463).\n"
+             "msg, more: up to 32 lines of at most 980 bytes, str or bytes, '%' doubled.\n\n"
+             "Raises InvalidArgument, which says what rule is broken.  libmilter: smfi_setreply,\n"
+             "smfi_setmlreply.");
 
 static PyObject *
 context_setreply(ContextObject *self, PyObject *args, PyObject *keywords)
@@ -723,12 +723,13 @@ exit:
     return done ? Py_NewRef(Py_None) : NULL;
 }
 
-PyDoc_STRVAR(setsymlist_doc,
-"setsymlist($self, /, stage, macros)\n--\n\n"
-"Ask the MTA to send only these macros at a stage; only in the negotiate callback.\n\n"
-"stage: M_CONNECT ... M_EOH.  macros: names separated by spaces, str or bytes.  Lists\n"
-"for one stage are merged.  sendmail takes at most five.\n\n"
-"Raises error where the MTA did not offer SETSYMLIST.  libmilter: smfi_setsymlist.");
+PyDoc_STRVAR(
+    setsymlist_doc,
+    "setsymlist($self, /, stage, macros)\n--\n\n"
+    "Ask the MTA to send only these macros at a stage; only in the negotiate callback.\n\n"
+    "stage: M_CONNECT ... M_EOH.  macros: names separated by spaces, str or bytes.  Lists\n"
+    "for one stage are merged.  sendmail takes at most five.\n\n"
+    "Raises error where the MTA did not offer SETSYMLIST.  libmilter: smfi_setsymlist.");
 
 /* Merge macros, a bytes object, into the list of a stage. */
 static bool
@@ -805,8 +806,8 @@ still_open(ContextObject *self)
 }
 
 PyDoc_STRVAR(setpriv_doc,
-"setpriv($self, priv, /)\n--\n\n"
-"Keep an object for this connection; returns the one that it replaces, or None.");
+             "setpriv($self, priv, /)\n--\n\n"
+             "Keep an object for this connection; returns the one that it replaces, or None.");
 
 static PyObject *
 context_setpriv(ContextObject *self, PyObject *priv)
@@ -821,9 +822,8 @@ context_setpriv(ContextObject *self, PyObject *priv)
     return old != NULL ? old : Py_NewRef(Py_None);
 }
 
-PyDoc_STRVAR(getpriv_doc,
-"getpriv($self, /)\n--\n\n"
-"The object that setpriv() kept for this connection, or None.");
+PyDoc_STRVAR(getpriv_doc, "getpriv($self, /)\n--\n\n"
+                          "The object that setpriv() kept for this connection, or None.");
 
 static PyObject *
 context_getpriv(ContextObject *self, PyObject *Py_UNUSED(ignored))
@@ -834,8 +834,11 @@ context_getpriv(ContextObject *self, PyObject *Py_UNUSED(ignored))
     return Py_NewRef(self->priv != NULL ? self->priv : Py_None);
 }
 
-#define KEYWORD_METHOD(name) \
-    {#name, (PyCFunction)(void (*)(void))context_##name, METH_VARARGS | METH_KEYWORDS, name##_doc}
+#define KEYWORD_METHOD(name)                                                                       \
+    {                                                                                              \
+#name, (PyCFunction)(void (*)(void))context_##name, METH_VARARGS | METH_KEYWORDS,          \
+            name##_doc                                                                             \
+    }
 
 static PyMethodDef context_methods[] = {
     KEYWORD_METHOD(addheader),
@@ -863,10 +866,9 @@ static PyMemberDef context_members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-PyDoc_STRVAR(context_doc,
-"The connection of an MTA, first argument of every callback.\n\n"
-"Made by the module only.  After the close callback every method raises\n"
-"error('bad context').");
+PyDoc_STRVAR(context_doc, "The connection of an MTA, first argument of every callback.\n\n"
+                          "Made by the module only.  After the close callback every method raises\n"
+                          "error('bad context').");
 
 static PyType_Slot context_slots[] = {
     {Py_tp_doc, (void *)context_doc},
@@ -888,4 +890,3 @@ PyType_Spec context_spec = {
     ,
     .slots = context_slots,
 };
-

@@ -93,8 +93,8 @@ static bool
 in_main_thread(void)
 {
     PyObject *threading = PyImport_ImportModule("threading");
-    PyObject *thread = threading == NULL ? NULL
-                                         : PyObject_CallMethod(threading, "main_thread", NULL);
+    PyObject *thread =
+        threading == NULL ? NULL : PyObject_CallMethod(threading, "main_thread", NULL);
     PyObject *ident = thread == NULL ? NULL : PyObject_GetAttrString(thread, "ident");
     bool same = ident != NULL && PyLong_Check(ident) &&
                 PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
@@ -179,7 +179,7 @@ set_wakeup_fd(int fd)
         (old = PyObject_Call(function, args, keywords)) != NULL) {
         before = (int)PyLong_AsLong(old);
     }
-    PyErr_Clear();                /* the application's descriptor may be closed by now */
+    PyErr_Clear(); /* the application's descriptor may be closed by now */
     Py_XDECREF(old);
     Py_XDECREF(keywords);
     Py_XDECREF(args);
@@ -258,8 +258,7 @@ open_pipe(module_state *state)
         }
     }
     if (!hooked) {
-        hooked = prepare_threads() &&
-                 pthread_atfork(NULL, NULL, give_back_signals) == 0;
+        hooked = prepare_threads() && pthread_atfork(NULL, NULL, give_back_signals) == 0;
     }
     return 0;
 }
@@ -277,7 +276,7 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
         while (filter.phase == RUNNING && monotonic_now() < deadline) {
             wake_main();
             Py_BEGIN_ALLOW_THREADS
-            usleep(5000);         /* main() has the pipe; it is not for two readers */
+            usleep(5000); /* main() has the pipe; it is not for two readers */
             Py_END_ALLOW_THREADS
         }
     }
@@ -316,8 +315,8 @@ hook_interpreter(PyObject *module, module_state *state)
         PyObject *none = PyTuple_New(0);
         done = none == NULL ? NULL : PyObject_Call(hook, none, keywords);
         Py_XDECREF(none);
-        Py_XSETREF(done, done == NULL ? NULL
-                                      : PyObject_CallMethod(atexit, "register", "O", function));
+        Py_XSETREF(done,
+                   done == NULL ? NULL : PyObject_CallMethod(atexit, "register", "O", function));
     }
     state->hooked = done != NULL;
     Py_XDECREF(atexit);
@@ -378,4 +377,3 @@ run_filter(module_state *state)
         take_put_off_action();
     }
 }
-

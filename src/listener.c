@@ -4,8 +4,7 @@
 
 /* Raise milter.error with an OSError as its cause. */
 int
-raise_os_error(module_state *state, int code, const char *what, const char *where,
-               const char *mend)
+raise_os_error(module_state *state, int code, const char *what, const char *where, const char *mend)
 {
     PyObject *cause = PyObject_CallFunction(PyExc_OSError, "is", code, strerror(code));
     PyObject *error;
@@ -24,9 +23,9 @@ raise_os_error(module_state *state, int code, const char *what, const char *wher
 /* What `conn` says, in libmilter's form [scheme:]rest. */
 typedef struct {
     enum socket_kind kind;
-    const char *rest;             /* a path, a descriptor, or a port */
+    const char *rest; /* a path, a descriptor, or a port */
     size_t port_size;
-    const char *host;             /* after '@', or NULL */
+    const char *host; /* after '@', or NULL */
 } Address;
 
 static bool
@@ -76,7 +75,7 @@ parse_conn(const char *conn, Address *address, char *advice, size_t advice_size)
         const char *name;
         enum socket_kind kind;
     } schemes[] = {
-        {"", UNIX_SOCKET},     {"unix", UNIX_SOCKET}, {"local", UNIX_SOCKET},
+        {"", UNIX_SOCKET},     {"unix", UNIX_SOCKET},   {"local", UNIX_SOCKET},
         {"inet", INET_SOCKET}, {"inet6", INET6_SOCKET}, {"fd", INHERITED_SOCKET},
     };
     const char *colon = strchr(conn, ':');
@@ -94,8 +93,7 @@ parse_conn(const char *conn, Address *address, char *advice, size_t advice_size)
     case UNIX_SOCKET:
         return *address->rest == '\0' ? "the path is missing" : NULL;
     case INHERITED_SOCKET:
-        return all_digits(address->rest, strlen(address->rest)) ? NULL
-                                                                : "fd: needs a number";
+        return all_digits(address->rest, strlen(address->rest)) ? NULL : "fd: needs a number";
     default:
         return parse_inet(address, advice, advice_size);
     }
@@ -432,7 +430,6 @@ remove_unix_socket(void)
     filter.path = NULL;
 }
 
-
 static bool
 same_local_address(const LocalAddress *local, const struct sockaddr_storage *other)
 {
@@ -454,7 +451,7 @@ end_reading(int fd, void *arg)
 {
     struct sockaddr_storage name = {0};
     socklen_t size = sizeof name;
-    int own = dup(fd);            /* the number may be used anew while we look at it */
+    int own = dup(fd); /* the number may be used anew while we look at it */
 
     if (own >= 0) {
         if (getsockname(own, (struct sockaddr *)&name, &size) == 0 && !is_listening(own) &&
@@ -484,7 +481,7 @@ stop_listening(LocalAddress *local)
         fcntl(filter.listener, F_SETFD, FD_CLOEXEC);
         wake_listener(old, &target, local->size);
     }
-    remove_unix_socket();         /* while our socket lives, nobody else has its inode */
+    remove_unix_socket(); /* while our socket lives, nobody else has its inode */
     if (dummy >= 0) {
         close(dummy);
     }

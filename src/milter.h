@@ -43,40 +43,52 @@
 #define MAX_REPLY_LINE 980
 #define MAX_REPLY_LINES 32
 
-#define NAME_IN_REPLY 40          /* bytes of the filter's name in the reply to an exception */
-#define DRAIN_SECONDS 30.0        /* how long messages in progress may take after a stop */
-#define CLOSE_SECONDS 2.0         /* how long close callbacks may take once all is drained */
-#define COMFORTABLE_FILES 1024    /* below this soft limit accept() may run out of descriptors */
-#define STACK_ARGS 16             /* arguments of a callback that need no allocation */
+#define NAME_IN_REPLY 40       /* bytes of the filter's name in the reply to an exception */
+#define DRAIN_SECONDS 30.0     /* how long messages in progress may take after a stop */
+#define CLOSE_SECONDS 2.0      /* how long close callbacks may take once all is drained */
+#define COMFORTABLE_FILES 1024 /* below this soft limit accept() may run out of descriptors */
+#define STACK_ARGS 16          /* arguments of a callback that need no allocation */
 
 /* The steps of the dialogue that reach Python. */
 enum stage {
-    CONNECT, HELO, ENVFROM, ENVRCPT, DATA, HEADER, EOH, BODY, EOM,
-    ABORT, CLOSE, UNKNOWN, NEGOTIATE, STAGES,
-    OUTSIDE = -1                  /* no callback of this connection is running */
+    CONNECT,
+    HELO,
+    ENVFROM,
+    ENVRCPT,
+    DATA,
+    HEADER,
+    EOH,
+    BODY,
+    EOM,
+    ABORT,
+    CLOSE,
+    UNKNOWN,
+    NEGOTIATE,
+    STAGES,
+    OUTSIDE = -1 /* no callback of this connection is running */
 };
 
 typedef struct {
     const char *name;
-    unsigned long leave_out;      /* P_NO*: the MTA need not send this step */
-    unsigned long no_reply;       /* P_NR_*: the MTA does not wait for an answer */
-    bool in_message;              /* belongs to one message, not to the connection */
+    unsigned long leave_out; /* P_NO*: the MTA need not send this step */
+    unsigned long no_reply;  /* P_NR_*: the MTA does not wait for an answer */
+    bool in_message;         /* belongs to one message, not to the connection */
 } StageInfo;
 
 extern const StageInfo stages[STAGES];
 
 /* What belongs to the module object.  All of it is guarded by the interpreter lock. */
 typedef struct {
-    PyObject *error;              /* milter.error */
-    PyObject *invalid_argument;   /* milter.InvalidArgument: an error and a ValueError */
+    PyObject *error;            /* milter.error */
+    PyObject *invalid_argument; /* milter.InvalidArgument: an error and a ValueError */
     PyTypeObject *context_type;
-    PyObject *callbacks[STAGES];  /* NULL where none is set */
-    PyObject *agreed;             /* {address of a SMFICTX: (actions, protocol)}, see recall() */
-    PyObject *raised;             /* what main() raises when the filter has drained */
-    char *name;                   /* as registered, for replies and reports */
-    unsigned long flags;          /* set_flags() */
-    int policy;                   /* set_exception_policy() */
-    bool hooked;                  /* the interpreter calls us at exit and after a fork */
+    PyObject *callbacks[STAGES]; /* NULL where none is set */
+    PyObject *agreed;            /* {address of a SMFICTX: (actions, protocol)}, see recall() */
+    PyObject *raised;            /* what main() raises when the filter has drained */
+    char *name;                  /* as registered, for replies and reports */
+    unsigned long flags;         /* set_flags() */
+    int policy;                  /* set_exception_policy() */
+    bool hooked;                 /* the interpreter calls us at exit and after a fork */
 } module_state;
 
 enum phase { SETTING_UP, SOCKET_OPEN, RUNNING, STOPPED };
@@ -87,30 +99,30 @@ enum socket_kind { NO_SOCKET, UNIX_SOCKET, INET_SOCKET, INET6_SOCKET, INHERITED_
 typedef struct {
     module_state *state;
     PyInterpreterState *interpreter;
-    enum phase phase;             /* guarded by the interpreter lock */
+    enum phase phase; /* guarded by the interpreter lock */
 
-    char *conn;                   /* as given to setconn() */
+    char *conn; /* as given to setconn() */
     enum socket_kind kind;
-    char *path;                   /* absolute, of a unix socket */
-    dev_t device;                 /* what stood at path after it was bound */
+    char *path;   /* absolute, of a unix socket */
+    dev_t device; /* what stood at path after it was bound */
     ino_t inode;
-    int listener;                 /* libmilter's listening descriptor, or -1 */
+    int listener; /* libmilter's listening descriptor, or -1 */
 
-    int pipe[2];                  /* wakes main(): anything written to [1] does */
-    bool wakeup_set;              /* Python writes signals to it, guarded likewise */
-    sigset_t mask;                /* of the thread that called main() */
+    int pipe[2];     /* wakes main(): anything written to [1] does */
+    bool wakeup_set; /* Python writes signals to it, guarded likewise */
+    sigset_t mask;   /* of the thread that called main() */
     double drain_seconds;
 
     /* Read and written by many threads, and by signal handlers. */
-    atomic_bool stop_wanted;      /* by stop(), a signal, an exception */
-    atomic_bool draining;         /* new messages are refused */
-    atomic_bool listener_ended;   /* smfi_main() has returned */
-    atomic_bool gate_closed;      /* no thread of libmilter may enter Python any more */
-    atomic_int result;            /* of smfi_main() */
-    atomic_int signal;            /* the one that stopped the filter, or 0 */
-    atomic_long inside;           /* threads of libmilter that are in Python now */
-    atomic_long messages;         /* in progress */
-    atomic_ulong created;         /* contexts */
+    atomic_bool stop_wanted;    /* by stop(), a signal, an exception */
+    atomic_bool draining;       /* new messages are refused */
+    atomic_bool listener_ended; /* smfi_main() has returned */
+    atomic_bool gate_closed;    /* no thread of libmilter may enter Python any more */
+    atomic_int result;          /* of smfi_main() */
+    atomic_int signal;          /* the one that stopped the filter, or 0 */
+    atomic_long inside;         /* threads of libmilter that are in Python now */
+    atomic_long messages;       /* in progress */
+    atomic_ulong created;       /* contexts */
     atomic_ulong deleted;
 } Filter;
 
@@ -122,19 +134,19 @@ enum debt { NOTHING_OWED, OWED_FOR_MESSAGE, OWED_FOR_CONNECTION };
 typedef struct {
     PyObject_HEAD
     PyObject *weakrefs;
-    PyObject *priv;               /* setpriv(): the application's object */
-    PyObject *symlists;           /* {stage: [macro, ...]} during negotiation, else NULL */
-    module_state *state;          /* borrowed: the type keeps the module alive */
+    PyObject *priv;      /* setpriv(): the application's object */
+    PyObject *symlists;  /* {stage: [macro, ...]} during negotiation, else NULL */
+    module_state *state; /* borrowed: the type keeps the module alive */
 
-    pthread_mutex_t lock;         /* guards what follows, and libmilter's context itself */
-    SMFICTX *handle;              /* NULL once the connection is closed */
-    int stage;                    /* which callback runs now */
+    pthread_mutex_t lock; /* guards what follows, and libmilter's context itself */
+    SMFICTX *handle;      /* NULL once the connection is closed */
+    int stage;            /* which callback runs now */
 
     unsigned long offered_actions;
-    unsigned long actions;        /* SMFIF_*, agreed with the MTA */
-    unsigned long protocol;       /* SMFIP_*, agreed with the MTA */
-    bool in_message;              /* a message has begun and has no final verdict yet */
-    char reply_class;             /* '4' or '5' of the reply that waits, or 0 */
+    unsigned long actions;  /* SMFIF_*, agreed with the MTA */
+    unsigned long protocol; /* SMFIP_*, agreed with the MTA */
+    bool in_message;        /* a message has begun and has no final verdict yet */
+    char reply_class;       /* '4' or '5' of the reply that waits, or 0 */
     enum debt debt;
     sfsistat owed;
 } ContextObject;

@@ -5,7 +5,7 @@
 void
 wake_main(void)
 {
-    int saved = errno;            /* also called from signal handlers */
+    int saved = errno; /* also called from signal handlers */
 
     if (filter.pipe[1] >= 0 && write(filter.pipe[1], "", 1) < 0) {
         /* A full pipe wakes as well; nothing else can be done from here. */
@@ -127,8 +127,7 @@ line_argument(module_state *state, const char *call, const char *argument, PyObj
 }
 
 PyObject *
-nonempty_line_argument(module_state *state, const char *call, const char *argument,
-                       PyObject *value)
+nonempty_line_argument(module_state *state, const char *call, const char *argument, PyObject *value)
 {
     PyObject *bytes = line_argument(state, call, argument, value);
 
@@ -234,7 +233,7 @@ log_record(const char *method, PyObject *message, PyObject *exception)
     Py_XDECREF(log);
     Py_XDECREF(logger);
     Py_XDECREF(logging);
-    Py_XDECREF(message);          /* taken over from the caller */
+    Py_XDECREF(message); /* taken over from the caller */
 }
 
 /* -------------------------------------------------------------- addresses */
@@ -272,4 +271,3 @@ client_address(const _SOCK_ADDR *address)
     }
     Py_RETURN_NONE;
 }
-
