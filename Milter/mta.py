@@ -645,6 +645,7 @@ class _Wire:
 
     def read(self, deadline: float, waited: float) -> Packet:
         """The next packet, or :class:`FilterTimeout` at *deadline* (*waited* is for the text)."""
+        self._require_open()
         while True:
             packet = self._take()
             if packet is not None:
@@ -653,7 +654,9 @@ class _Wire:
                 return packet
             if self._eof:
                 where = " in the middle of a packet" if self._buffer else ""
-                raise self._closed(f"the filter closed the connection{where}")
+                error = self._closed(f"the filter closed the connection{where}")
+                self._buffer.clear()
+                raise error
             if not self._receive(deadline) and not self._eof:
                 raise FilterTimeout(
                     f"no {'complete ' if self._buffer else ''}answer within {waited:g} s",
@@ -663,12 +666,14 @@ class _Wire:
 
     def pending(self, deadline: float) -> tuple[bytes, bool]:
         """What has come in unread by *deadline*, and whether the stream has ended."""
+        self._require_open()
         while not self._buffer and not self._eof and self._receive(deadline):
             pass
         return self.buffered, self._eof
 
     def rest(self, deadline: float) -> tuple[bytes, bool]:
         """All that comes in until the stream ends or *deadline*, and whether it has ended."""
+        self._require_open()
         while not self._eof and self._receive(deadline):
             pass
         return self.buffered, self._eof
@@ -704,7 +709,6 @@ class _Wire:
 
     def _receive(self, deadline: float) -> bool:
         """Take in more bytes, or the end of the stream; False once *deadline* has passed."""
-        self._require_open()
         while True:
             in_time = time.monotonic() < deadline
             try:
@@ -838,7 +842,8 @@ Modification = Union[
 
 _FIELD_NAME = re.compile(rb"[!-9;-~\x80-\xff]+")
 # A line end that no space or tab follows ends the field: what comes next would be forged.
-_FORGING_LINE_END = re.compile(rb"(?:\r\n?|\n)(?![ \t])")
+# A CR on its own is one to some programs, and to others not.
+_FORGING_LINE_END = re.compile(rb"\r(?!\n)|\n(?![ \t])")
 
 
 class _Parser:
@@ -1623,9 +1628,10 @@ class MTA:
         payload = _envelope("recipient", recipient, params)
         if rejected is None:
             return self._step(Stage.RCPT, payload, macros)
+        rejection = _rejection_macros(rejected)
         if not self._negotiated.steps & Step.RCPT_REJ:
             return Reply(Stage.RCPT, Verdict.NOT_SENT)
-        return self._step(Stage.RCPT, payload, {**_rejection_macros(rejected), **(macros or {})})
+        return self._step(Stage.RCPT, payload, {**rejection, **(macros or {})})
 
     def data(self, *, macros: MacroValues | None = None) -> Reply:
         """DATA (``SMFIC_DATA``); not sent before protocol version 4."""

@@ -1,0 +1,1330 @@
+"""The MTA's side: strict against a scripted filter, and proven against the real libmilter."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from Milter.mta import (
+    CURRENT_STEPS,
+    MTA,
+    Action,
+    AddHeader,
+    AddRecipient,
+    Address,
+    ChangeHeader,
+    ChangeSender,
+    Client,
+    DeleteRecipient,
+    Dialect,
+    Family,
+    FilterClosed,
+    FilterTimeout,
+    FilterUnreachable,
+    Header,
+    InsertHeader,
+    Message,
+    MTAError,
+    NegotiationError,
+    Offer,
+    Packet,
+    ProtocolError,
+    Quarantine,
+    ReplaceBody,
+    SmtpReply,
+    Stage,
+    Step,
+    Verdict,
+    flag_names,
+    parse_socket,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mta_support import (
+    ACCEPT,
+    CONTINUE,
+    DISCARD,
+    NOREPLY,
+    REJECT,
+    SKIP,
+    TEMPFAIL,
+    WAIT,
+    LibmilterFilter,
+    Peer,
+    answers,
+    build_filter,
+    frame,
+    optneg,
+    records,
+    scripted,
+)
+
+OK = frame(b"c")
+SIMPLE = b"Subject: hello\r\n\r\nbody\r\n"
+
+
+def index(number: int) -> bytes:
+    return struct.pack("!l", number)
+
+
+# --- negotiation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (OK, "SMFIR_CONTINUE instead of SMFIC_OPTNEG"),
+        (frame(b"O"), "0 bytes"),
+        (frame(b"O", bytes(11)), "11 bytes"),
+        (optneg(version=1), "version 1 to an offer of 6"),
+        (optneg(version=0), "version 0"),
+        (optneg(version=7), "version 7"),
+        (optneg(actions=0x200), "actions that were not offered: 0x200"),
+        (optneg(steps=0x200000), "steps that were not offered: 0x200000"),
+        (optneg(rest=b"\0\0\0"), "without a stage"),
+        (optneg(rest=index(7) + b"i\0"), "stage number 7"),
+        (optneg(rest=index(0) + b"i j"), "does not end in NUL"),
+        (optneg(rest=index(0) + b"i\0" + index(0) + b"j\0"), "connect twice"),
+        (optneg() + OK, "goes on after its answer"),
+        (frame(b"p") + optneg(), "SMFIR_PROGRESS"),
+    ],
+)
+def test_negotiation_violations(answer: bytes, said: str) -> None:
+    with pytest.raises(ProtocolError) as caught, scripted(answers(negotiation=answer)):
+        pass
+    assert said in str(caught.value)
+    assert caught.value.stage is Stage.NEGOTIATE
+    assert caught.value.received
+
+
+def test_negotiation_holds_to_each_offer() -> None:
+    offer = Offer(4, Action.ADDHDRS | Action.CHGHDRS, Step.NOHELO | Step.NOBODY)
+    for answer, said in [
+        (optneg(6, 0, 0), "version 6 to an offer of 4"),
+        (optneg(4, Action.ADDHDRS | Action.CHGBODY, 0), "CHGBODY"),
+        (optneg(4, 0, Step.NOHELO | Step.SKIP | Step.NR_HDR), "NR_HDR, SKIP"),
+        (optneg(4, 0, 0, index(1) + b"i\0"), "SETSYMLIST was not offered"),
+    ]:
+        with pytest.raises(NegotiationError, match=said):
+            with scripted(answers(negotiation=answer), offer=offer):
+                pass
+    with scripted(answers(negotiation=optneg(2, 1, 1 << 4)), offer=offer) as (mta, peer):
+        assert (mta.negotiated.version, mta.negotiated.actions) == (2, Action.ADDHDRS)
+        assert mta.negotiated.steps == Step.NOBODY
+    assert peer.seen == [(b"O", struct.pack("!LLL", 4, 0x11, 0x12))]
+
+
+def test_an_empty_offer_stands_for_version_1() -> None:
+    offer = Offer(2, Action.NONE, Step.NONE)
+    with scripted(answers(negotiation=optneg(2, 0xF, 0x3F)), offer=offer) as (mta, _):
+        assert flag_names(mta.negotiated.actions) == ["ADDHDRS", "CHGBODY", "ADDRCPT", "DELRCPT"]
+    for answer in (optneg(2, 0x10, 0), optneg(2, 0, 0x40)):
+        with pytest.raises(NegotiationError), scripted(answers(negotiation=answer), offer=offer):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("version", "actions", "steps"),
+    [(2, 0x3F, 0x7F), (3, 0x3F, 0x17F), (4, 0x3F, 0x37F), (5, 0x3F, 0x37F), (6, 0x1FF, 0x1FFFFF)],
+)
+def test_what_each_version_offers(version: int, actions: int, steps: int) -> None:
+    assert Offer.for_version(version) == Offer(version, Action(actions), Step(steps))
+
+
+@pytest.mark.parametrize("version", [0, 1, 7])
+def test_other_versions_are_refused(version: int) -> None:
+    with pytest.raises(ValueError, match=f"version {version} "):
+        Offer.for_version(version)
+
+
+def test_symlists_are_parsed() -> None:
+    rest = index(0) + b"j {client_addr}\0" + index(5) + b"{msg_id},i\0" + index(6) + b"\0"
+    with scripted(answers(negotiation=optneg(rest=rest))) as (mta, _):
+        assert dict(mta.negotiated.macros) == {
+            Stage.CONNECT: ("j", "{client_addr}"),
+            Stage.EOM: ("{msg_id}", "i"),
+            Stage.EOH: (),
+        }
+
+
+def test_flag_names_show_bits_without_a_name() -> None:
+    assert flag_names(Step(0x400 | 0x4000000)) == ["SKIP", "0x4000000"]
+    assert flag_names(Action.NONE) == []
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def mail(mta: MTA) -> object:
+    return mta.mail("<a@example.com>")
+
+
+def eom(mta: MTA) -> object:
+    return mta.eom()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (frame(b"z"), r"b'z' is no answer to this step"),
+        (frame(b"O", bytes(12)), "SMFIC_OPTNEG is no answer"),
+        (frame(b"l", b"x\0"), "SMFIR_SETSYMLIST is no answer"),
+        (frame(b"c", b"\0"), "SMFIR_CONTINUE with 1 bytes of data"),
+        (frame(b"a", b"x"), "SMFIR_ACCEPT with 1 bytes"),
+        (frame(b"p", b"x") + OK, "SMFIR_PROGRESS with 1 bytes"),
+        (OK + OK, "goes on after its answer"),
+        (OK + b"\0", "goes on after its answer"),
+        (frame(b"h", b"X\0y\0") + OK, "SMFIR_ADDHEADER outside of the end of message"),
+        (frame(b"q", b"why\0") + OK, "SMFIR_QUARANTINE outside of the end of message"),
+        (frame(b"s"), "SMFIR_SKIP without SKIP"),
+        (b"\0\0\0\0", "without a command"),
+        (b"\xff\xff\xff\xff", "a packet of 4294967295 bytes"),
+        (b"220 mail.example.com ESMTP\r\n", "a packet of"),
+    ],
+)
+def test_violations_at_mail(answer: bytes, said: str) -> None:
+    with scripted(answers(answer)) as (mta, _):
+        with pytest.raises(ProtocolError, match=said) as caught:
+            mail(mta)
+    assert caught.value.stage is Stage.MAIL
+    assert caught.value.received
+    assert "at MAIL" in str(caught.value)
+
+
+@pytest.mark.parametrize("step", [lambda mta: mta.connect_info(), lambda mta: mta.helo("x")])
+def test_discard_before_there_is_a_message(step: Callable[[MTA], object]) -> None:
+    with scripted(answers(frame(b"d"))) as (mta, _), pytest.raises(ProtocolError, match="before"):
+        step(mta)
+
+
+@pytest.mark.parametrize(
+    ("reply", "code", "xcode", "lines"),
+    [
+        (b"550 5.7.1 go away", 550, "5.7.1", ("go away",)),
+        (b"451 come back", 451, None, ("come back",)),
+        (b"550 ", 550, None, ("",)),
+        (b"550 5.7.1", 550, "5.7.1", ("",)),
+        (b"450-4.2.1 one\r\n450-4.2.1 \r\n450 4.2.1 three", 450, "4.2.1", ("one", "", "three")),
+        (b"554-5.0.0 one\r\n554 two", 554, None, ("5.0.0 one", "two")),
+        (b"550 100%% sure", 550, None, ("100% sure",)),
+        (b"550 5.7.1 gr\xc3\xbc\xdfe", 550, "5.7.1", ("gr\u00fc\udcdfe",)),
+        (b"550 4.7.1 class differs", 550, "4.7.1", ("class differs",)),
+        (b"550-" + b"\r\n550-".join([b"x"] * 31) + b"\r\n550 x", 550, None, ("x",) * 32),
+    ],
+)
+def test_reply_codes(reply: bytes, code: int, xcode: str | None, lines: tuple[str, ...]) -> None:
+    with scripted(answers(frame(b"y", reply + b"\0"))) as (mta, _):
+        answer = mta.rcpt("<b@example.org>")
+    assert answer.verdict is (Verdict.TEMPFAIL if code < 500 else Verdict.REJECT)
+    assert answer.smtp == SmtpReply(code, xcode, lines)
+    assert answer.smtp.text == "\n".join(lines)
+
+
+def test_a_reply_reads_as_smtp() -> None:
+    assert str(SmtpReply(550, "5.7.1", ("one", "two"))) == "550-5.7.1 one\n550 5.7.1 two"
+    assert str(SmtpReply(451, None, ("",))) == "451"
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (b"550 5.7.1 no NUL", "does not end in NUL"),
+        (b"550 one\0two\0", "2 strings instead of 1"),
+        (b"\0", "no SMTP reply"),
+        (b"55\0", "no SMTP reply"),
+        (b"250 fine\0", "no SMTP reply"),
+        (b"350 go on\0", "no SMTP reply"),
+        (b"5a0 x\0", "no SMTP reply"),
+        (b"550\0", "no SMTP reply"),
+        (b"550text\0", "no SMTP reply"),
+        (b"550-5.7.1 only\0", "says another follows"),
+        (b"550 one\r\n550 two\0", "says it is the last"),
+        (b"550-one\r\n551 two\0", "changes its code"),
+        (b"550-one\r\ntwo\0", "no SMTP reply"),
+        (b"550-one\n550 two\0", "no SMTP reply"),
+        (b"550 one\r\n\0", "says it is the last|no SMTP reply"),
+        (b"550 100% sure\0", "single %"),
+        (b"550 100%%% sure\0", "single %"),
+        (b"550 " + b"x" * 981 + b"\0", "more than 980"),
+        (b"550-" + b"\r\n550-".join([b"x"] * 32) + b"\r\n550 x\0", "33 lines"),
+    ],
+)
+def test_malformed_reply_codes(reply: bytes, said: str) -> None:
+    with scripted(answers(frame(b"y", reply))) as (mta, _):
+        with pytest.raises(ProtocolError, match=said):
+            mail(mta)
+
+
+@pytest.mark.parametrize(
+    ("command", "verdict"),
+    [
+        (b"c", Verdict.CONTINUE),
+        (b"a", Verdict.ACCEPT),
+        (b"r", Verdict.REJECT),
+        (b"t", Verdict.TEMPFAIL),
+        (b"d", Verdict.DISCARD),
+        (b"4", Verdict.SHUTDOWN),
+        (b"f", Verdict.CONN_FAIL),
+    ],
+)
+def test_verdicts(command: bytes, verdict: Verdict) -> None:
+    with scripted(answers(frame(command))) as (mta, _):
+        reply = mta.data()
+    assert (reply.stage, reply.verdict, reply.smtp) == (Stage.DATA, verdict, None)
+
+
+def test_packets_may_come_in_any_pieces() -> None:
+    whole = frame(b"p") + frame(b"h", b"X-A\0b\0") + frame(b"y", b"550 no\0")
+
+    def script(peer: Peer) -> None:
+        peer.answer(optneg())
+        peer.command()
+        for byte in whole:
+            peer.send(bytes([byte]))
+            time.sleep(0.001)
+        peer.drain()
+
+    with scripted(script) as (mta, _):
+        reply = mta.eom()
+    assert reply.progress == 1
+    assert reply.modifications == (AddHeader(b"X-A", b"b"),)
+    assert reply.smtp == SmtpReply(550, None, ("no",))
+
+
+# --- modifications --------------------------------------------------------------------------------
+
+MODIFICATIONS = [
+    (b"h", b"X-A\0value\0", AddHeader(b"X-A", b"value"), Action.ADDHDRS),
+    (b"h", b"X\xff\0\xfe\n\ta\r\n b\0", AddHeader(b"X\xff", b"\xfe\n\ta\r\n b"), Action.ADDHDRS),
+    (b"h", b"X-A\0\0", AddHeader(b"X-A", b""), Action.ADDHDRS),
+    (b"i", index(0) + b"X-A\0v\0", InsertHeader(0, b"X-A", b"v"), Action.ADDHDRS),
+    (b"m", index(2) + b"X-A\0v\0", ChangeHeader(2, b"X-A", b"v"), Action.CHGHDRS),
+    (b"m", index(0) + b"X-A\0\0", ChangeHeader(0, b"X-A", b""), Action.CHGHDRS),
+    (b"+", b"<b@x>\0", AddRecipient("<b@x>"), Action.ADDRCPT),
+    (b"2", b"<b@x>\0", AddRecipient("<b@x>", None, True), Action.ADDRCPT_PAR),
+    (
+        b"2",
+        b"<b@x>\0NOTIFY=NEVER\0",
+        AddRecipient("<b@x>", "NOTIFY=NEVER", True),
+        Action.ADDRCPT_PAR,
+    ),
+    (b"-", b"<b\xff@x>\0", DeleteRecipient("<b\udcff@x>"), Action.DELRCPT),
+    (b"e", b"<>\0", ChangeSender("<>"), Action.CHGFROM),
+    (b"e", b"<a@x>\0SIZE=1\0", ChangeSender("<a@x>", "SIZE=1"), Action.CHGFROM),
+    (b"b", b"", ReplaceBody(b""), Action.CHGBODY),
+    (b"b", b"x\0\xff\r\n", ReplaceBody(b"x\0\xff\r\n"), Action.CHGBODY),
+    (b"b", b"x" * 65535, ReplaceBody(b"x" * 65535), Action.CHGBODY),
+    (b"q", b"looks odd\0", Quarantine("looks odd"), Action.QUARANTINE),
+]
+
+
+@pytest.mark.parametrize(("command", "data", "expected", "action"), MODIFICATIONS)
+def test_modifications(command: bytes, data: bytes, expected: object, action: Action) -> None:
+    said = frame(command, data) + OK
+    with scripted(answers(said, negotiation=optneg(actions=int(action)))) as (mta, _):
+        (found,) = mta.eom().modifications
+    assert found == expected
+    without = optneg(actions=0x1FF & ~int(action))
+    with scripted(answers(said, negotiation=without)) as (mta, _):
+        with pytest.raises(ProtocolError, match=f"without {action.name}"):
+            mta.eom()
+    with scripted(answers(said)) as (mta, _), pytest.raises(ProtocolError, match="outside"):
+        mta.body(b"x")
+
+
+@pytest.mark.parametrize(
+    ("command", "data", "said"),
+    [
+        (b"h", b"", "does not end in NUL"),
+        (b"h", b"X-A\0value", "does not end in NUL"),
+        (b"h", b"X-A\0", "1 strings instead of 2"),
+        (b"h", b"X-A\0v\0w\0", "3 strings instead of 2"),
+        (b"h", b"\0value\0", "header name b''"),
+        (b"h", b"X A\0value\0", "header name b'X A'"),
+        (b"h", b"X-A:\0value\0", "header name"),
+        (b"h", b"X\n-A\0value\0", "header name"),
+        (b"h", b"X-A\0one\nX-Evil: two\0", "no fold"),
+        (b"h", b"X-A\0one\r two\0", "no fold"),
+        (b"h", b"X-A\0one\rtwo\0", "no fold"),
+        (b"h", b"X-A\0one\r\n\0", "no fold"),
+        (b"i", b"\0\0\0", "too short for an index"),
+        (b"i", index(-1) + b"X\0v\0", "index -1"),
+        (b"i", index(1) + b"X\0v", "does not end in NUL"),
+        (b"m", b"X-A\0v\0", "header name|strings|index"),
+        (b"m", index(1) + b"X\0", "1 strings"),
+        (b"+", b"", "does not end in NUL"),
+        (b"+", b"\0", "empty address"),
+        (b"+", b"<b@x>", "does not end in NUL"),
+        (b"+", b"<b@x>\0NOTIFY=NEVER\0", "2 strings instead of 1"),
+        (b"+", b"<b@x>\r\nDATA\0", "line end"),
+        (b"2", b"<b@x>\0A\0B\0", "3 strings instead of 1 or 2"),
+        (b"2", b"<b@x>\0A\nB\0", "line end"),
+        (b"-", b"\0", "empty address"),
+        (b"e", b"\0", "empty address"),
+        (b"e", b"<a@x>\0A", "does not end in NUL"),
+        (b"b", b"x" * 65536, "more than 65535"),
+        (b"q", b"", "does not end in NUL"),
+        (b"q", b"\0", "empty reason"),
+        (b"q", b"a\0b\0", "2 strings"),
+        (b"s", b"", "without SKIP"),
+    ],
+)
+def test_malformed_modifications(command: bytes, data: bytes, said: str) -> None:
+    with scripted(answers(frame(command, data) + OK)) as (mta, _):
+        with pytest.raises(ProtocolError, match=said) as caught:
+            mta.eom()
+    assert caught.value.stage is Stage.EOM
+    assert caught.value.received == frame(command, data)
+
+
+# --- time, and the end of the connection ------------------------------------------------------
+
+
+@contextlib.contextmanager
+def takes(least: float, most: float) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert least <= time.monotonic() - start < most
+
+
+@pytest.mark.parametrize("part", [b"", b"\0", OK[:4], frame(b"y", b"550 not all of it")[:12]])
+def test_a_missing_answer(part: bytes) -> None:
+    with scripted(answers(part), timeout=0.2) as (mta, _):
+        with takes(0.2, 5), pytest.raises(FilterTimeout, match=r"within 0\.2 s") as caught:
+            mail(mta)
+    assert caught.value.received == part
+    assert isinstance(caught.value, TimeoutError)
+
+
+def test_dripping_bytes_do_not_put_off_the_timeout() -> None:
+    def script(peer: Peer) -> None:
+        peer.answer(optneg())
+        peer.command()
+        for byte in frame(b"y", b"550 " + b"x" * 500):
+            peer.send(bytes([byte]))
+            time.sleep(0.01)
+
+    with scripted(script, timeout=0.3) as (mta, _):
+        with takes(0.3, 3), pytest.raises(FilterTimeout, match="no complete answer"):
+            mail(mta)
+
+
+def test_progress_starts_the_wait_anew() -> None:
+    def script(peer: Peer) -> None:
+        peer.answer(optneg())
+        peer.command()
+        for _ in range(8):
+            time.sleep(0.1)
+            peer.send(frame(b"p"))
+        peer.send(OK)
+        peer.drain()
+
+    with scripted(script, timeout=0.5) as (mta, _), takes(0.7, 10):
+        assert mta.eom().progress == 8
+
+
+def test_progress_without_end_is_bounded() -> None:
+    def script(peer: Peer) -> None:
+        peer.answer(optneg())
+        peer.command()
+        while True:
+            peer.send(frame(b"p"))
+
+    with scripted(script, total_timeout=0.3) as (mta, _):
+        with takes(0.3, 5), pytest.raises(FilterTimeout, match=r"within 0\.3 s"):
+            mta.eom()
+
+
+def test_a_filter_that_does_not_read() -> None:
+    done = threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.answer(optneg(steps=int(Step.NR_BODY)))
+        done.wait(WAIT)
+
+    with scripted(script, timeout=0.2) as (mta, _):
+        with takes(0.2, 5), pytest.raises(FilterTimeout, match="did not read"):
+            mta.body(b"x" * 4_000_000)
+        done.set()
+
+
+@pytest.mark.parametrize(("part", "where"), [(b"", ""), (OK[:3], "in the middle of a packet")])
+def test_a_filter_that_hangs_up(part: bytes, where: str) -> None:
+    def script(peer: Peer) -> None:
+        peer.answer(optneg(), part)
+
+    with scripted(script) as (mta, _):
+        with pytest.raises(FilterClosed, match=f"closed the connection {where}".strip()) as caught:
+            mail(mta)
+        assert isinstance(caught.value, ConnectionError)
+        assert caught.value.stage is Stage.MAIL
+        with pytest.raises(FilterClosed):
+            mta.helo("x")
+    with pytest.raises(FilterClosed, match="is closed"):
+        mta.helo("x")
+
+
+def test_progress_packets_belong_to_the_end_of_message_for_sendmail() -> None:
+    said = frame(b"p") + OK
+    with scripted(answers(said, said), dialect=Dialect.SENDMAIL) as (mta, _):
+        assert mta.eom().progress == 1
+        with pytest.raises(ProtocolError, match="SMFIR_PROGRESS outside"):
+            mail(mta)
+    with scripted(answers(said)) as (mta, _):
+        assert mta.mail("<>").progress == 1
+
+
+def test_quit_reads_to_the_end() -> None:
+    def stray(peer: Peer) -> None:
+        peer.answer(optneg(), OK)
+        peer.receive()
+        peer.send(OK)
+
+    with scripted(stray) as (mta, peer), pytest.raises(ProtocolError, match="nothing was due"):
+        mail(mta)
+        mta.quit()
+    assert peer.seen[-1] == (b"Q", b"")
+    with scripted(stray) as (mta, _), pytest.raises(ProtocolError), mta:
+        mail(mta)
+    # An exception on the way out is not hidden by what quit() would find.
+    with scripted(stray) as (mta, _), pytest.raises(KeyError), mta:
+        raise KeyError
+
+
+def test_quit_waits_for_the_close() -> None:
+    with scripted(answers()) as (mta, _):
+        with takes(0.2, 5), pytest.raises(FilterTimeout, match=r"close the connection within 0\.2"):
+            mta.quit(timeout=0.2)
+    with scripted(lambda peer: peer.answer(optneg(), b"")) as (mta, _):
+        mta.quit()
+        mta.close()
+
+
+def test_expect_nothing_waits_for_what_must_not_come() -> None:
+    release = threading.Event()
+
+    def script(peer: Peer) -> None:
+        peer.answer(optneg())
+        release.wait(WAIT)
+        peer.send(OK)
+        peer.drain()
+
+    with scripted(script) as (mta, _):
+        mta.expect_nothing()
+        with takes(0.1, 5):
+            mta.expect_nothing(0.1)
+        release.set()
+        with takes(0, 5), pytest.raises(ProtocolError, match="nothing was due"):
+            mta.expect_nothing(WAIT)
+        # It is still there, and stops the next step from taking it for its answer.
+        with pytest.raises(ProtocolError, match="nothing was due"):
+            mail(mta)
+
+
+# --- steps that are not sent, not answered, or cut short ---------------------------------------
+
+STEPS: list[tuple[Stage, Step, Step, Callable[[MTA], object]]] = [
+    (Stage.CONNECT, Step.NOCONNECT, Step.NR_CONN, lambda mta: mta.connect_info()),
+    (Stage.HELO, Step.NOHELO, Step.NR_HELO, lambda mta: mta.helo("x")),
+    (Stage.MAIL, Step.NOMAIL, Step.NR_MAIL, lambda mta: mta.mail("<a@x>")),
+    (Stage.RCPT, Step.NORCPT, Step.NR_RCPT, lambda mta: mta.rcpt("<b@x>")),
+    (Stage.DATA, Step.NODATA, Step.NR_DATA, lambda mta: mta.data()),
+    (Stage.HEADER, Step.NOHDRS, Step.NR_HDR, lambda mta: mta.header("A", "b")),
+    (Stage.EOH, Step.NOEOH, Step.NR_EOH, lambda mta: mta.eoh()),
+    (Stage.BODY, Step.NOBODY, Step.NR_BODY, lambda mta: mta.body(b"x")),
+    (Stage.UNKNOWN, Step.NOUNKNOWN, Step.NR_UNKN, lambda mta: mta.unknown("XYZZY")),
+]
+
+
+@pytest.mark.parametrize(("stage", "no_step", "no_reply", "step"), STEPS)
+def test_steps_not_wanted(
+    stage: Stage, no_step: Step, no_reply: Step, step: Callable[[MTA], object]
+) -> None:
+    def script(peer: Peer, steps: Step) -> None:
+        peer.answer(optneg(steps=int(steps)))
+        if steps == no_reply:
+            assert peer.command()[0] == stage.value
+        peer.answer(frame(b"a"))
+        peer.receive()
+
+    with scripted(lambda peer: script(peer, no_step)) as (mta, peer), mta:
+        assert step(mta).verdict is Verdict.NOT_SENT  # type: ignore[attr-defined]
+        assert mta.eom().verdict is Verdict.ACCEPT
+    assert [command for command, _ in peer.seen] == [b"O", b"E", b"Q"]
+
+    with scripted(lambda peer: script(peer, no_reply)) as (mta, peer), mta:
+        assert step(mta).verdict is Verdict.NO_REPLY  # type: ignore[attr-defined]
+        assert mta.eom().verdict is Verdict.ACCEPT
+    assert [command for command, _ in peer.seen] == [b"O", stage.value, b"E", b"Q"]
+
+
+@pytest.mark.parametrize(("stage", "no_step", "no_reply", "step"), STEPS)
+def test_an_answer_where_silence_was_agreed(
+    stage: Stage, no_step: Step, no_reply: Step, step: Callable[[MTA], object]
+) -> None:
+    with scripted(answers(OK, negotiation=optneg(steps=int(no_reply)))) as (mta, _):
+        step(mta)
+        with pytest.raises(ProtocolError, match="nothing was due") as caught:
+            mta.expect_nothing(WAIT)
+    assert caught.value.stage is stage
+    assert caught.value.received == OK
+
+
+def test_old_versions_lack_commands() -> None:
+    for version, names in [(2, b"OE"), (3, b"OUE"), (4, b"OUTE"), (5, b"OUTE"), (6, b"OUTE")]:
+        script = answers(OK, OK, OK, negotiation=optneg(version=version, actions=0))
+        with scripted(script, offer=Offer.for_version(6)) as (mta, peer):
+            sent = {step.verdict for step in (mta.unknown("X"), mta.data(), mta.eom())}
+            if version < 6:
+                with pytest.raises(ValueError, match="version 6"):
+                    mta.quit_nc()
+        assert (Verdict.NOT_SENT in sent) == (version < 4)
+        assert b"".join(command for command, _ in peer.seen) == names
+
+
+def test_skip_ends_the_body() -> None:
+    body = b"x" * (65535 * 3)
+    script = answers(OK, OK, frame(b"s"), OK, OK, OK, negotiation=optneg(steps=int(Step.SKIP)))
+    with scripted(script) as (mta, peer):
+        mail(mta)
+        assert mta.body(body).verdict is Verdict.SKIP
+        assert mta.body(b"more").verdict is Verdict.NOT_SENT
+        assert mta.eom().verdict is Verdict.CONTINUE
+        mail(mta)
+        assert mta.body(b"next message").verdict is Verdict.CONTINUE
+    assert [(command, len(data)) for command, data in peer.seen[2:4]] == [(b"B", 65535)] * 2
+
+
+@pytest.mark.parametrize(
+    ("dialect", "allowed"),
+    [
+        (Dialect.POSTFIX, {Stage.RCPT, Stage.HEADER, Stage.BODY, Stage.UNKNOWN}),
+        (Dialect.SENDMAIL, {Stage.BODY}),
+    ],
+)
+@pytest.mark.parametrize(("stage", "no_step", "no_reply", "step"), STEPS)
+def test_where_skip_is_allowed(
+    dialect: Dialect,
+    allowed: set[Stage],
+    stage: Stage,
+    no_step: Step,
+    no_reply: Step,
+    step: Callable[[MTA], object],
+) -> None:
+    script = answers(frame(b"s"), negotiation=optneg(steps=int(Step.SKIP)))
+    with scripted(script, dialect=dialect) as (mta, _):
+        if stage in allowed:
+            assert step(mta).verdict is Verdict.SKIP  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(ProtocolError, match="SMFIR_SKIP is no answer"):
+                step(mta)
+
+
+# --- what goes over the wire -------------------------------------------------------------------
+
+
+def sent(
+    work: Callable[[MTA], object], count: int = 1, **negotiation: int | bytes
+) -> list[tuple[bytes, bytes]]:
+    """The packets that *work* sends, each command answered with CONTINUE."""
+    script = answers(*[OK] * count, negotiation=optneg(**negotiation))  # type: ignore[arg-type]
+    with scripted(script) as (mta, peer):
+        work(mta)
+    return peer.seen[1:]
+
+
+@pytest.mark.parametrize(
+    ("work", "packets"),
+    [
+        (
+            lambda mta: mta.connect_info("mx", "192.0.2.1", 25),
+            [(b"C", b"mx\x004\0\x19192.0.2.1\0")],
+        ),
+        (
+            lambda mta: mta.connect_info("mx", "2001:db8::1", 65535),
+            [(b"C", b"mx\x006\xff\xff2001:db8::1\0")],
+        ),
+        (
+            lambda mta: mta.connect_info("mx", "IPv6:2001:db8::1"),
+            [(b"C", b"mx\x006\0\0IPv6:2001:db8::1\0")],
+        ),
+        (lambda mta: mta.connect_info("mx", "/run/x"), [(b"C", b"mx\0L\0\0/run/x\0")]),
+        (lambda mta: mta.connect_info(b"m\xff", None), [(b"C", b"m\xff\0U")]),
+        (
+            lambda mta: mta.connect_info("mx", "junk", family=Family.INET),
+            [(b"C", b"mx\x004\0\0junk\0")],
+        ),
+        (lambda mta: mta.helo("gr\u00fc\udcff"), [(b"H", b"gr\xc3\xbc\xff\0")]),
+        (lambda mta: mta.mail("<>"), [(b"M", b"<>\0")]),
+        (
+            lambda mta: mta.mail(b"<a@x>", "SIZE=1", b"X=\xff"),
+            [(b"M", b"<a@x>\0SIZE=1\0X=\xff\0")],
+        ),
+        (lambda mta: mta.rcpt("<b@x>", "NOTIFY=NEVER"), [(b"R", b"<b@x>\0NOTIFY=NEVER\0")]),
+        (lambda mta: mta.data(), [(b"T", b"")]),
+        (lambda mta: mta.header("A", "b\n c"), [(b"L", b"A\0b\n c\0")]),
+        (lambda mta: mta.header(b"\xff", ""), [(b"L", b"\xff\0\0")]),
+        (lambda mta: mta.eoh(), [(b"N", b"")]),
+        (lambda mta: mta.body(b""), []),
+        (lambda mta: mta.body(b"\0\xff"), [(b"B", b"\0\xff")]),
+        (lambda mta: mta.eom(), [(b"E", b"")]),
+        (lambda mta: mta.eom(b"rest"), [(b"E", b"rest")]),
+        (lambda mta: mta.unknown("XYZZY a"), [(b"U", b"XYZZY a\0")]),
+        (lambda mta: mta.abort(), [(b"A", b"")]),
+        (lambda mta: mta.quit_nc(), [(b"K", b"")]),
+        (
+            lambda mta: mta.helo("x", macros={"j": b"\xff", "tls_version": "1"}),
+            [(b"D", b"Hj\0\xff\0{tls_version}\x001\0"), (b"H", b"x\0")],
+        ),
+        (lambda mta: mta.send_packet(b"Z", b"\0"), [(b"Z", b"\0")]),
+        (lambda mta: mta.send_raw(b"\0\0\0\2Zz"), [(b"Z", b"z")]),
+    ],
+)
+def test_packets(work: Callable[[MTA], object], packets: list[tuple[bytes, bytes]]) -> None:
+    def script(peer: Peer) -> None:
+        peer.answer(optneg())
+        for command, _ in packets:
+            assert peer.receive()[0] == command
+            if command not in b"DAKZ":
+                peer.send(OK)
+
+    with scripted(script) as (mta, peer):
+        work(mta)
+        mta.expect_close()
+    assert peer.seen[1:] == packets
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        (lambda mta: mta.connect_info("mx", "example.com"), "neither an IP address"),
+        (lambda mta: mta.connect_info("mx", "192.0.2.1", 65536), "port 65536"),
+        (lambda mta: mta.connect_info("m\0x"), "hostname 'm.x00x': a NUL"),
+        (lambda mta: mta.helo(b"x\0"), "NUL"),
+        (lambda mta: mta.mail("<a@x>", "A=\0"), "parameter"),
+        (lambda mta: mta.header("A", "b\0c"), "header value"),
+        (lambda mta: mta.header("A", "b" * 65535), "header: 65538 bytes"),
+        (lambda mta: mta.eom(b"x" * 65536), "65536 bytes"),
+        (lambda mta: mta.helo("x", macros={"": "v"}), "needs a name"),
+        (lambda mta: mta.set_macros("HEADER", {}), "macro stage 'HEADER'"),
+        (lambda mta: mta.rcpt("<b@x>", rejected="no"), "rejected 'no'"),
+        (lambda mta: mta.send(SIMPLE, recipients=[]), "at least one"),
+        (lambda mta: mta.send(SIMPLE, recipients="b@x"), "sequence"),
+    ],
+)
+def test_bad_arguments(work: Callable[[MTA], object], said: str) -> None:
+    with scripted(answers()) as (mta, peer), pytest.raises(ValueError, match=said):
+        work(mta)
+    assert len(peer.seen) == 1
+
+
+def test_larger_commands_where_that_is_agreed() -> None:
+    offer = Offer(6, steps=CURRENT_STEPS | Step.MDS_256K)
+    script = answers(OK, negotiation=optneg(steps=int(Step.MDS_256K)))
+    with scripted(script, offer=offer) as (mta, peer):
+        mta.header("A", "b" * 100_000)
+        with pytest.raises(ValueError, match="at most 262143"):
+            mta.header("A", "b" * 300_000)
+    assert len(peer.seen[1][1]) == 100_003
+
+
+def test_read_packet() -> None:
+    with scripted(answers(frame(b"?", b"x"))) as (mta, _):
+        mta.send_packet(b"Z")
+        packet = mta.read_packet()
+        assert packet == Packet(b"?", b"x")
+        assert bytes(packet) == frame(b"?", b"x")
+        with pytest.raises(FilterTimeout):
+            mta.read_packet(0.01)
+
+
+def test_trace() -> None:
+    seen: list[tuple[str, bytes]] = []
+    script = answers(OK)
+    with scripted(script, trace=lambda way, data: seen.append((way, data))) as (mta, _):
+        mta.data()
+    assert seen[0][0] == ">"
+    assert seen[1:] == [("<", optneg()), (">", frame(b"T")), ("<", OK)]
+
+
+# --- macros ---------------------------------------------------------------------------------------
+
+
+def test_macros_go_out_with_their_stage() -> None:
+    def work(mta: MTA) -> None:
+        mta.set_macros(Stage.MAIL, {"i": "Q1"})
+        mta.set_macros("RCPT", {"rcpt_mailer": "local"})
+        mta.mail("<a@x>")
+        mta.rcpt("<b@x>", macros={"{rcpt_mailer}": "smtp"})
+        mta.rcpt("<c@x>")
+        mta.header("A", "b")
+
+    assert [data for command, data in sent(work, 4) if command == b"D"] == [
+        b"Mi\0Q1\0",
+        b"R{rcpt_mailer}\0smtp\0",
+        b"R{rcpt_mailer}\0local\0",
+    ]
+
+
+def test_only_the_macros_that_the_filter_named() -> None:
+    lists = index(2) + b"{unknown} {i} j\0" + index(3) + b"\0" + index(5) + b"{late} {mail_addr}\0"
+
+    def work(mta: MTA) -> None:
+        mta.set_macros("CONNECT", {"j": "mx", "v": "1"})
+        mta.set_macros("MAIL", {"i": "Q1", "mail_addr": "a@x"})
+        mta.set_macros("EOM", {"late": "yes"})
+        mta.helo("x")
+        mta.mail("<a@x>")
+        mta.rcpt("<b@x>", macros={"rcpt_addr": "b@x"})
+        mta.eom()
+
+    macros = [data for command, data in sent(work, 4, rest=lists) if command == b"D"]
+    assert macros == [b"M{i}\0Q1\0j\0mx\0", b"E{late}\0yes\0{mail_addr}\0a@x\0"]
+
+
+def test_macros_go_out_even_where_the_step_does_not() -> None:
+    steps = int(Step.NOHELO | Step.NOEOH)
+    packets = sent(
+        lambda mta: (mta.helo("x", macros={"a": "1"}), mta.eoh(macros={"b": "2"}), mta.data()),
+        steps=steps,
+    )
+    assert packets == [(b"D", b"Ha\x001\0"), (b"T", b"")]
+
+
+def test_rejected_recipients() -> None:
+    def work(mta: MTA) -> None:
+        reply = mta.rcpt("<b@x>", rejected="550 5.1.1 User unknown")
+        assert (reply.verdict is Verdict.NOT_SENT) == (not mta.negotiated.steps)
+
+    assert sent(work) == []
+    macros = b"R{rcpt_mailer}\0error\0{rcpt_host}\x005.1.1\0{rcpt_addr}\0User unknown\0"
+    assert sent(work, steps=int(Step.RCPT_REJ)) == [(b"D", macros), (b"R", b"<b@x>\0")]
+
+
+# --- whole messages against a script ------------------------------------------------------------
+
+
+def test_send_follows_smtp() -> None:
+    with scripted(answers(*[OK] * 11)) as (mta, peer):
+        result = mta.send(
+            b"A: 1\nB:2\n\tfold\n\nline\n",
+            sender=("<a@x>", "SIZE=9"),
+            recipients=["b@x", Address("c@x", ("NOTIFY=NEVER",))],
+            client=Client("mx.example.com", "192.0.2.1", 25),
+            helo="helo.example.com",
+            macros={"i": "Q1", "j": "mx", "whatever": "1", "EOH:x": "2", "{msg_id}": "<m>"},
+        )
+    assert result.verdict is Verdict.CONTINUE
+    assert result.stage is Stage.EOM
+    assert result.accepted
+    assert [packet for packet in peer.seen[1:] if packet[0] != b"D"] == [
+        (b"C", b"mx.example.com\x004\0\x19192.0.2.1\0"),
+        (b"H", b"helo.example.com\0"),
+        (b"M", b"<a@x>\0SIZE=9\0"),
+        (b"R", b"<b@x>\0"),
+        (b"R", b"<c@x>\0NOTIFY=NEVER\0"),
+        (b"T", b""),
+        (b"L", b"A\x001\0"),
+        (b"L", b"B\x002\n\tfold\0"),
+        (b"N", b""),
+        (b"B", b"line\r\n"),
+        (b"E", b""),
+    ]
+    assert [data for command, data in peer.seen if command == b"D"] == [
+        b"Cj\0mx\0{whatever}\x001\0",
+        b"Mi\0Q1\0{mail_addr}\0a@x\0",
+        b"R{rcpt_addr}\0b@x\0",
+        b"R{rcpt_addr}\0c@x\0",
+        b"Nx\x002\0",
+        b"E{msg_id}\0<m>\0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "replies", "commands"),
+    [
+        (Stage.CONNECT, 0, b"C"),
+        (Stage.HELO, 1, b"CH"),
+        (Stage.MAIL, 2, b"CHM"),
+        (Stage.DATA, 4, b"CHMRT"),
+        (Stage.HEADER, 5, b"CHMRTL"),
+        (Stage.EOH, 6, b"CHMRTLN"),
+        (Stage.BODY, 7, b"CHMRTLNB"),
+        (Stage.EOM, 8, b"CHMRTLNBE"),
+    ],
+)
+@pytest.mark.parametrize("verdict", [b"r", b"t", b"a", b"4"])
+def test_send_stops_at_a_verdict(
+    stage: Stage, replies: int, commands: bytes, verdict: bytes
+) -> None:
+    with scripted(answers(*[OK] * replies, frame(verdict))) as (mta, peer):
+        result = mta.send(SIMPLE, sender="a@x", recipients=["b@x"])
+    assert result.stage is stage
+    assert result.accepted == (verdict == b"a")
+    assert result.recipients == [Address("b@x")]
+    assert result.message.as_bytes() == SIMPLE
+    assert b"".join(command for command, _ in peer.seen if command not in b"OD") == commands
+
+
+def test_a_verdict_about_the_connection_holds_for_all_messages() -> None:
+    def script(peer: Peer) -> None:
+        peer.answer(optneg(), frame(b"y", b"554 no\0"))
+        assert peer.receive()[0] == b"K"
+        peer.answer(*[OK] * 9)
+        peer.drain()
+
+    with scripted(script) as (mta, _):
+        for _ in range(2):
+            result = mta.send(SIMPLE, recipients=["b@x"])
+            assert (result.verdict, result.stage) == (Verdict.REJECT, Stage.CONNECT)
+            assert result.smtp == SmtpReply(554, None, ("no",))
+        mta.quit_nc()
+        assert mta.send(SIMPLE, recipients=["b@x"]).stage is Stage.EOM
+
+
+def test_the_session_is_told_once() -> None:
+    with scripted(answers(*[OK] * 16)) as (mta, peer):
+        mta.send(SIMPLE, recipients=["b@x"], macros={"j": "mx", "i": "Q1"})
+        with pytest.raises(ValueError, match="start of the session"):
+            mta.send(SIMPLE, recipients=["b@x"], helo="again")
+        with pytest.raises(ValueError, match="start of the session"):
+            mta.greet()
+        mta.send(SIMPLE, recipients=["b@x"])
+    commands = [command for command, _ in peer.seen]
+    assert commands.count(b"C") == commands.count(b"H") == 1
+    assert commands.count(b"M") == 2
+    # The first message's queue id is not the second's.
+    assert [data for command, data in peer.seen if data.startswith(b"M")] == [
+        b"Mi\0Q1\0{mail_addr}\0\0",
+        b"M{mail_addr}\0\0",
+    ]
+
+
+def test_recipients_are_refused_one_by_one() -> None:
+    refusals = frame(b"y", b"550 5.1.1 who\0"), frame(b"t")
+    with scripted(answers(OK, OK, OK, OK, *refusals, *[OK] * 5)) as (mta, _):
+        result = mta.send(SIMPLE, recipients=["b@x", "c@x", "d@x"])
+    assert result.accepted
+    assert result.recipients == [Address("b@x")]
+    assert [(one.recipient.address, one.reply.verdict) for one in result.refused] == [
+        ("c@x", Verdict.REJECT),
+        ("d@x", Verdict.TEMPFAIL),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdict"),
+    [
+        ([frame(b"y", b"550 5.1.1 who\0"), frame(b"t")], Verdict.TEMPFAIL),
+        ([OK, frame(b"d")], Verdict.DISCARD),
+    ],
+)
+def test_a_message_that_ends_at_rcpt_is_aborted(replies: list[bytes], verdict: Verdict) -> None:
+    with scripted(answers(OK, OK, OK, *replies, *[OK] * 7)) as (mta, peer):
+        result = mta.send(SIMPLE, recipients=["b@x", "c@x"])
+        assert (result.verdict, result.stage) == (verdict, Stage.RCPT)
+        assert not result.accepted
+        assert mta.send(SIMPLE, recipients=["b@x"]).accepted
+    commands = b"".join(command for command, _ in peer.seen if command not in b"OD")
+    assert commands == b"CHMRRAMRTLNBE"
+
+
+def test_a_message_accepted_at_rcpt_goes_to_all() -> None:
+    with scripted(answers(OK, OK, OK, frame(b"r"), frame(b"a"))) as (mta, _):
+        result = mta.send(SIMPLE, recipients=["b@x", "c@x", "d@x"])
+    assert (result.verdict, result.stage) == (Verdict.ACCEPT, Stage.RCPT)
+    assert result.recipients == [Address("c@x"), Address("d@x")]
+
+
+def test_recipients_that_the_mta_refuses() -> None:
+    rejected = Address("b@x", rejected="550 5.1.1 User unknown")
+    with scripted(answers(OK, OK, OK, OK)) as (mta, peer):
+        result = mta.send(SIMPLE, recipients=[rejected])
+    assert (result.verdict, result.stage) == (Verdict.REJECT, Stage.RCPT)
+    assert result.smtp == SmtpReply(550, "5.1.1", ("User unknown",))
+    assert [command for command, _ in peer.seen if command not in b"OD"] == [b"C", b"H", b"M", b"A"]
+    script = answers(OK, OK, OK, frame(b"r"), *[OK] * 6, negotiation=optneg(steps=0x800))
+    with scripted(script) as (mta, peer):
+        result = mta.send(SIMPLE, recipients=[rejected, "c@x"])
+    assert result.accepted
+    assert result.recipients == [Address("c@x")]
+    assert [command for command, _ in peer.seen].count(b"R") == 2
+
+
+def test_the_body_may_end_in_end_of_message() -> None:
+    body = b"x" * 65535 * 2
+    for size, chunks in [(0, []), (3, []), (65535, []), (65536, [65535]), (131070, [65535])]:
+        message = Message([], body[:size])
+        with scripted(answers(*[OK] * 9)) as (mta, peer):
+            mta.send(message, recipients=["b@x"], body_in_eom=True)
+        assert [len(data) for command, data in peer.seen if command == b"B"] == chunks
+        assert [len(data) for command, data in peer.seen if command == b"E"] == [
+            size - sum(chunks)
+        ]
+
+
+def test_leading_space_of_header_values() -> None:
+    message = b"A: one space\nB:none\nC:  two\nD:\ttab\nE :before\n\n"
+    said = frame(b"h", b"X\0 v\0") + frame(b"h", b"Y\0v\0") + frame(b"m", index(1) + b"A\0 w\0")
+    untouched = [b"B:none", b"C:  two", b"D:\ttab", b"E :before"]
+    for steps, values, changed, added in [
+        (0, [b"one space", b"none", b" two", b"\ttab", b"before"], b"A:  w", [b"X:  v", b"Y: v"]),
+        (
+            1 << 20,
+            [b" one space", b"none", b"  two", b"\ttab", b"before"],
+            b"A: w",
+            [b"X: v", b"Y:v"],
+        ),
+    ]:
+        script = answers(*[OK] * 11, said + OK, negotiation=optneg(steps=steps))
+        with scripted(script) as (mta, peer):
+            result = mta.send(message, recipients=["b@x"])
+        wire = [data.split(b"\0")[1] for command, data in peer.seen if command == b"L"]
+        assert wire == values
+        lines = result.message.as_bytes(b"\n").splitlines()
+        assert lines == [changed, *untouched, *added, b""]
+
+
+def test_modifications_apply_to_the_envelope_and_the_body() -> None:
+    said = [
+        (b"+", b"<c@x>\0"),
+        (b"+", b"B@X\0"),  # another local part
+        (b"+", b"b@X\0"),  # there already
+        (b"2", b"<d@x>\0NOTIFY=NEVER ORCPT=rfc822;d@x\0"),
+        (b"-", b"a@X\0"),
+        (b"-", b"<nobody@x>\0"),
+        (b"e", b"<new@x>\0"),
+        (b"q", b"first\0"),
+        (b"q", b"second\0"),
+        (b"b", b"one "),
+        (b"h", b"X\0y\0"),
+        (b"b", b"two"),
+    ]
+    script = answers(*[OK] * 9, b"".join(frame(*one) for one in said) + frame(b"a"))
+    with scripted(script) as (mta, _):
+        result = mta.send(SIMPLE, sender=("s@x", "SIZE=1"), recipients=["a@x", "b@x"])
+    assert [str(one) for one in result.recipients] == [
+        "<b@x>",
+        "<c@x>",
+        "<B@X>",
+        "<d@x> NOTIFY=NEVER ORCPT=rfc822;d@x",
+    ]
+    assert str(result.sender) == "<new@x> SIZE=1"
+    assert result.quarantine == "second"
+    assert result.message.body == b"one two"
+    assert result.body_replaced
+    assert len(result.modifications) == len(said)
+
+
+def test_a_new_sender_may_bring_its_own_parameters() -> None:
+    for data, params in [(b"n@x\0", ("SIZE=1",)), (b"n@x\0RET=HDRS\0", ("RET=HDRS",))]:
+        script = answers(*[OK] * 8, frame(b"e", data) + OK)
+        with scripted(script) as (mta, _):
+            result = mta.send(SIMPLE, sender=("s@x", "SIZE=1"), recipients=["a@x"])
+        assert result.sender == Address("n@x", params)
+
+
+def test_modifications_of_a_refused_message_are_void() -> None:
+    said = frame(b"h", b"X\0y\0") + frame(b"+", b"c@x\0") + frame(b"q", b"why\0") + frame(b"r")
+    with scripted(answers(*[OK] * 8, said)) as (mta, _):
+        result = mta.send(SIMPLE, recipients=["b@x"])
+    assert len(result.modifications) == 3
+    assert result.quarantine is None
+    assert result.recipients == [Address("b@x")]
+    assert result.message.as_bytes() == SIMPLE
+
+
+# --- header edits ---------------------------------------------------------------------------------
+
+HEADERS = b"A: 1\nB: 2\nA: 3\nC: 4\nA: 5\n\n"
+
+
+def add(name: bytes, value: bytes) -> bytes:
+    return frame(b"h", name + b"\0" + value + b"\0")
+
+
+def insert(number: int, name: bytes, value: bytes) -> bytes:
+    return frame(b"i", index(number) + name + b"\0" + value + b"\0")
+
+
+def change(number: int, name: bytes, value: bytes) -> bytes:
+    return frame(b"m", index(number) + name + b"\0" + value + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("edits", "postfix", "sendmail"),
+    [
+        ([add(b"D", b"x")], "A1 B2 A3 C4 A5 Dx", None),
+        ([add(b"A", b"x")], "A1 B2 A3 C4 A5 Ax", "Ax A1 B2 A3 C4 A5"),
+        ([insert(0, b"D", b"x")], "Dx A1 B2 A3 C4 A5", None),
+        ([insert(1, b"D", b"x")], "A1 Dx B2 A3 C4 A5", None),
+        ([insert(5, b"D", b"x")], "A1 B2 A3 C4 A5 Dx", None),
+        ([insert(99, b"D", b"x")], "A1 B2 A3 C4 A5 Dx", None),
+        ([insert(0, b"D", b"x"), insert(0, b"E", b"y")], "Ey Dx A1 B2 A3 C4 A5", None),
+        ([change(1, b"A", b"x")], "Ax B2 A3 C4 A5", None),
+        ([change(0, b"A", b"x")], "Ax B2 A3 C4 A5", None),
+        ([change(3, b"a", b"x")], "A1 B2 A3 C4 ax", "A1 B2 A3 C4 Ax"),
+        ([change(4, b"A", b"x")], "A1 B2 A3 C4 A5 Ax", None),
+        ([change(99, b"A", b"x")], "A1 B2 A3 C4 A5 Ax", None),
+        ([change(1, b"D", b"x")], "A1 B2 A3 C4 A5 Dx", None),
+        ([change(2, b"a", b"")], "A1 B2 C4 A5", None),
+        ([change(0, b"a", b"")], "B2 A3 C4 A5", None),
+        ([change(4, b"A", b"")], "A1 B2 A3 C4 A5", None),
+        # Deleting upwards from the first skips every other one for Postfix only.
+        ([change(n, b"A", b"") for n in (1, 2, 3)], "B2 A3 C4", "B2 C4"),
+        ([change(n, b"A", b"") for n in (3, 2, 1)], "B2 C4", None),
+        ([change(1, b"A", b""), change(1, b"A", b"x")], "B2 Ax C4 A5", "Ax B2 A3 C4 A5"),
+        ([change(1, b"A", b""), insert(1, b"D", b"x")], "B2 Dx A3 C4 A5", "Dx B2 A3 C4 A5"),
+        ([insert(0, b"A", b"x"), change(1, b"A", b"y")], "Ay A1 B2 A3 C4 A5", None),
+        ([insert(0, b"A", b"x"), change(1, b"A", b"")], "A1 B2 A3 C4 A5", None),
+    ],
+)
+def test_header_edits(edits: list[bytes], postfix: str, sendmail: str | None) -> None:
+    for dialect, expected in [(Dialect.POSTFIX, postfix), (Dialect.SENDMAIL, sendmail or postfix)]:
+        script = answers(*[OK] * 11, b"".join(edits) + OK)
+        with scripted(script, dialect=dialect) as (mta, _):
+            result = mta.send(HEADERS, recipients=["b@x"])
+        found = " ".join((one.name + one.value).decode() for one in result.message.headers)
+        assert found == expected, dialect
+        # The record of edits tells both what was there and what is.
+        before = [edit.before for edit in result.header_edits if edit.before is not None]
+        assert b"".join(bytes(one) + b"\n" for one in before) + b"\n" == HEADERS
+        assert [e.after for e in result.header_edits if e.after] == result.message.headers
+
+
+@pytest.mark.parametrize(
+    ("edits", "postfix", "sendmail"),
+    [
+        ([insert(0, b"D", b"x")], "Dx R0 R1 A2", None),
+        ([insert(1, b"D", b"x")], "R0 Dx R1 A2", None),
+        ([change(1, b"R", b"x")], "R0 Rx A2", None),
+        ([change(2, b"R", b"x")], "R0 R1 A2 Rx", None),
+        # Postfix passes over the topmost header, whose ever it is.
+        ([insert(0, b"D", b"x"), change(1, b"R", b"y")], "Dx Ry R1 A2", "Dx R0 Ry A2"),
+    ],
+)
+def test_header_edits_under_the_own_received(
+    edits: list[bytes], postfix: str, sendmail: str | None
+) -> None:
+    for dialect, expected in [(Dialect.POSTFIX, postfix), (Dialect.SENDMAIL, sendmail or postfix)]:
+        script = answers(*[OK] * 8, b"".join(edits) + OK)
+        with scripted(script, dialect=dialect) as (mta, peer):
+            result = mta.send(
+                b"R: 1\nA: 2\n\n", recipients=["b@x"], own_received=Header(b"R", b"0")
+            )
+        found = " ".join((one.name + one.value).decode() for one in result.message.headers)
+        assert found == expected, dialect
+        assert [data for command, data in peer.seen if command == b"L"] == [b"R\x001\0", b"A\x002\0"]
+
+
+# --- messages, addresses, sockets ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "headers", "body"),
+    [
+        (b"", [], b""),
+        (b"\n", [], b""),
+        (b"A: 1\n\nx\n", [(b"A", b"1")], b"x\r\n"),
+        (b"A: 1\r\n\r\nx\r\ny\n", [(b"A", b"1")], b"x\r\ny\r\n"),
+        (b"A: 1\n\tb\r\n c\n\n", [(b"A", b"1\n\tb\n c")], b""),
+        (b"A: 1\nno header\nx\n", [(b"A", b"1")], b"no header\r\nx\r\n"),
+        (b" not a fold\nA: 1\n", [], b" not a fold\r\nA: 1\r\n"),
+        (b"From a@x Mon\nA: 1\n\nx", [(b"A", b"1")], b"x"),
+        (b"A: 1\nFrom b@x\n\n", [(b"A", b"1")], b"From b@x\r\n\r\n"),
+        (b"A: 1", [(b"A", b"1")], b""),
+        (b"A:\nB: \n\n\n", [(b"A", b""), (b"B", b"")], b"\r\n"),
+        (b"\xff: \xfe\n\n\xfd\r", [(b"\xff", b"\xfe")], b"\xfd\r"),
+        (b"A: a\rb\n\n", [(b"A", b"a\rb")], b""),
+    ],
+)
+def test_parse_messages(data: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    message = Message.parse(data)
+    assert [(header.name, header.value) for header in message.headers] == headers
+    assert message.body == body
+
+
+def test_an_untouched_message_comes_back_byte_for_byte() -> None:
+    for eol in (b"\n", b"\r\n"):
+        lines = [b"A: 1", b"B :2", b"C:  3", b"\tfold", b"", b"body", b"", b".", b""]
+        data = eol.join(lines)
+        assert Message.parse(data).as_bytes(eol) == data
+
+
+def test_reading_headers() -> None:
+    message = Message.parse(b"Subject: gr\xc3\xbc\xff\nsubject: two\n\n")
+    assert message["SUBJECT"] == "gr\u00fc\udcff"
+    assert message.get_all("Subject") == ["gr\u00fc\udcff", "two"]
+    assert message.get("X") is None
+    assert message.get("X", "otherwise") == "otherwise"
+    assert "subject" in message
+    assert "x" not in message
+    with pytest.raises(KeyError):
+        message["x"]
+
+
+def test_addresses() -> None:
+    assert Address.make("<a@x>") == Address.make(b"a@x") == Address("a@x")
+    assert Address.make(("<a@x>", "SIZE=1", b"X=\xff")) == Address("a@x", ("SIZE=1", "X=\udcff"))
+    assert str(Address("", ("BODY=8BITMIME",))) == "<> BODY=8BITMIME"
+
+
+@pytest.mark.parametrize(
+    ("spec", "family", "address"),
+    [
+        ("unix:/run/x", socket.AF_UNIX, "/run/x"),
+        ("local:/run/x", socket.AF_UNIX, "/run/x"),
+        ("UNIX:run/x", socket.AF_UNIX, "run/x"),
+        ("/run/x", socket.AF_UNIX, "/run/x"),
+        ("/run/a:b", socket.AF_UNIX, "/run/a:b"),
+        (":/run/x", socket.AF_UNIX, "/run/x"),
+        ("inet:8891@192.0.2.1", socket.AF_INET, ("192.0.2.1", 8891)),
+        ("inet:8891@[192.0.2.1]", socket.AF_INET, ("192.0.2.1", 8891)),
+        ("inet:8891@mail.example.com", socket.AF_INET, ("mail.example.com", 8891)),
+        ("inet:8891", socket.AF_INET, ("127.0.0.1", 8891)),
+        ("inet:smtp@localhost", socket.AF_INET, ("localhost", 25)),
+        ("inet6:8891@[2001:db8::1]", socket.AF_INET6, ("2001:db8::1", 8891)),
+        ("inet6:8891@2001:db8::1", socket.AF_INET6, ("2001:db8::1", 8891)),
+        ("inet6:8891", socket.AF_INET6, ("::1", 8891)),
+    ],
+)
+def test_socket_addresses(spec: str, family: int, address: object) -> None:
+    for postfix in (False, True):
+        found = parse_socket(spec, postfix=postfix)
+        assert (found.family, found.address) == (family, address)
+        assert parse_socket(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("spec", "family", "address"),
+    [
+        ("inet:192.0.2.1:8891", socket.AF_INET, ("192.0.2.1", 8891)),
+        ("inet:localhost:smtp", socket.AF_INET, ("localhost", 25)),
+        ("inet:[2001:db8::1]:8891", socket.AF_INET6, ("2001:db8::1", 8891)),
+    ],
+)
+def test_socket_addresses_of_postfix(spec: str, family: int, address: object) -> None:
+    with pytest.raises(ValueError, match="Postfix's order; libmilter writes inet:"):
+        parse_socket(spec)
+    found = parse_socket(spec, postfix=True)
+    assert (found.family, found.address) == (family, address)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("", "empty"),
+        ("unix:", "empty"),
+        ("unix:/" + "x" * 107, "at most 107 bytes"),
+        ("tcp:8891@localhost", "unknown kind 'tcp'"),
+        ("inet:0@localhost", "port 0"),
+        ("inet:65536", "port 65536"),
+        ("inet:@localhost", "port ''"),
+        ("inet:no-such-service@localhost", "unknown port 'no-such-service'"),
+        ("fd:3", "unknown kind 'fd'"),
+    ],
+)
+def test_bad_socket_addresses(spec: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        parse_socket(spec)
+    assert repr(spec) in str(caught.value)
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    path = tmp_path / "none.sock"
+    with takes(0, 5), pytest.raises(FilterUnreachable, match="No such file"):
+        MTA.connect(f"unix:{path}")
+    with takes(0.2, 5), pytest.raises(FilterUnreachable, match=r"tried for 0\.2 s"):
+        MTA.connect(f"unix:{path}", wait_for=0.2)
+    path.write_text("no socket")
+    with takes(0, 5), pytest.raises(FilterUnreachable, match="refused"):
+        MTA.connect(f"unix:{path}")
+    (tmp_path / "file").write_text("")
+    with takes(0, 5), pytest.raises(FilterUnreachable, match="Not a directory"):
+        MTA.connect(f"unix:{tmp_path}/file/x", wait_for=60)
+
+
+def test_waits_until_the_filter_listens(tmp_path: Path) -> None:
+    path = tmp_path / "late.sock"
+
+    def listen() -> None:
+        time.sleep(0.2)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            time.sleep(0.1)  # bound, but not listening: refused until then
+            server.listen()
+            connection, _ = server.accept()
+            with connection:
+                Peer(connection).answer(optneg())
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        MTA.connect(f"unix:{path}", wait_for=WAIT).close()
+    finally:
+        thread.join(WAIT)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_tcp(family: socket.AddressFamily) -> None:
+    host = "127.0.0.1" if family == socket.AF_INET else "::1"
+    with socket.socket(family) as server:
+        try:
+            server.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        server.listen()
+        port = server.getsockname()[1]
+        kind = "inet" if family == socket.AF_INET else "inet6"
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                peer = Peer(connection)
+                peer.answer(optneg(), frame(b"a"))
+                peer.receive()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with MTA.connect(f"{kind}:{port}@[{host}]", timeout=WAIT) as mta:
+            assert mta.helo("x").verdict is Verdict.ACCEPT
+        thread.join(WAIT)
+
+
+def test_a_failed_negotiation_closes_the_socket() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(OK)
+        with pytest.raises(ProtocolError):
+            MTA(ours, timeout=WAIT)
+    assert ours.fileno() == -1
+
+
+def test_errors_say_all() -> None:
+    error = FilterTimeout("no answer", Stage.EOM, b"x" * 100)
+    assert str(error) == f"at end of message: no answer; received {b'x' * 80!r}…"
+    assert isinstance(error, (MTAError, TimeoutError))
+    assert str(FilterClosed("gone")) == "gone"
+
+
+def test_the_module_needs_the_standard_library_only() -> None:
+    import Milter.mta
+
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('lone_mta', {Milter.mta.__file__!r})\n"
+        "module = sys.modules['lone_mta'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert not {'milter', 'Milter'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=WAIT)
