@@ -29,6 +29,7 @@ from ._protocol import (
 
 if TYPE_CHECKING:
     from milter import milterContext
+    from typing_extensions import Buffer
 
 _log = logging.getLogger("milter")
 
@@ -49,7 +50,10 @@ _CALLBACK_NAMES = frozenset(OPTIONAL_CALLBACKS) | {f"{name}_bytes" for name in _
 
 #: Control characters, written so that a log line stays one line and moves no cursor.
 _CONTROLS = {
-    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code != ord("\t")
+    **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))},
+    ord("\t"): "\t",
+    ord("\n"): "\\n",
+    ord("\r"): "\\r",
 }
 
 
@@ -350,7 +354,7 @@ class Base:
         """
         mask: int | None = vars(klass).get("_protocol_mask")
         if mask is None:
-            mask = ALL_STEPS & ~(klass._enabled_steps() | _callback_steps(klass))
+            mask = ALL_STEPS & ~(klass._enabled_steps() | callback_steps(klass))
             klass._protocol_mask = mask
         return mask
 
@@ -367,7 +371,7 @@ class Base:
         wanted = ALL_STEPS & ~self.protocol_mask() | self._enabled_steps()
         if not _CALLBACK_NAMES.isdisjoint(vars(self)):
             # Methods that were assigned to the instance replace those of its class.
-            wanted = wanted & (FEATURE_STEPS | self._enabled_steps()) | _callback_steps(self)
+            wanted = wanted & (FEATURE_STEPS | self._enabled_steps()) | callback_steps(self)
         return wanted
 
     def negotiate(self, opts: list[int]) -> int:
@@ -404,9 +408,10 @@ class Base:
     def _send_symlists(self) -> None:
         """Send the macro list of each callback that has one."""
         for name, stage in MACRO_CALLBACKS.items():
-            macros = getattr(getattr(self, name), MACROS_MARK, None)
-            if macros is not None:
-                self.setsymlist(stage, *macros)
+            for form in (name, f"{name}_bytes") if name in _BYTES_CALLBACKS else (name,):
+                macros = getattr(getattr(self, form), MACROS_MARK, None)
+                if macros is not None:
+                    self.setsymlist(stage, *macros)
 
     def setsymlist(self, stage: int, *macros: str) -> None:
         """Name the macros to be sent at a stage (smfi_setsymlist), during ``negotiate`` only.
@@ -469,11 +474,9 @@ class Base:
             ValueError: a percent sign is not doubled, or another rule is broken, which the
                 message names (such an error is also a ``milter.error``).
         """
-        lines = ml if msg is None else (msg, *ml)
+        lines = [line for line in (msg, *ml) if line is not None]
         for line in lines:
             _check_percent(line)
-        if msg is None and ml:
-            raise milter.InvalidArgument("further reply lines without a first one: msg is None")
         self._context().setreply(rcode, xcode, *lines)
 
     def addheader(self, field: Text, value: Text, idx: int = -1) -> None:
@@ -535,7 +538,7 @@ class Base:
         self._require(milter.DELRCPT, "DELRCPT")
         self._context().delrcpt(rcpt)
 
-    def replacebody(self, body: Text | bytearray | memoryview) -> None:
+    def replacebody(self, body: str | Buffer) -> None:
         """Replace the body, in ``eom`` only (smfi_replacebody).
 
         Args:
@@ -586,10 +589,10 @@ class Base:
         self._context().progress()
 
 
-def _callback_steps(owner: Any) -> int:
-    """The steps that all callbacks of a class or an instance ask for."""
+def callback_steps(owner: Any, names: Iterable[str] = OPTIONAL_CALLBACKS) -> int:
+    """The steps that callbacks of a class or an instance ask for, by their decorators."""
     steps = 0
-    for name in OPTIONAL_CALLBACKS:
+    for name in names:
         steps |= _bound_steps(owner, name)
     return steps
 

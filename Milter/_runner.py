@@ -83,6 +83,9 @@ def connect_callback(
     filter_object = ctx.getpriv()
     if filter_object is None:
         filter_object = _new_filter(ctx)
+        # sendmail plays further sessions on a connection without negotiating again.
+        if getattr(ctx, "actions", 0):
+            filter_object._actions, filter_object._protocol = ctx.actions, ctx.protocol
     verdict: int = filter_object.connect(hostname, family, hostaddr)
     if verdict == milter.NOREPLY and not filter_object._protocol & nr_mask:
         return milter.CONTINUE
