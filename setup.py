@@ -14,13 +14,15 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from glob import glob
 from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
+
+# Hidden: what the source files share is no business of other libraries.
+FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
 HEADER = Path("libmilter", "mfapi.h")
 ARCHIVE = "libmilter.a"
@@ -163,9 +165,9 @@ if __name__ == "__main__":
             Extension(
                 "milter",
                 sources=["miltermodule.c", *sorted(map(str, Path("src").glob("*.c")))],
-                depends=["src/milter.h"],
+                depends=sorted(map(str, Path("src").glob("*.h"))),
                 include_dirs=["src"],
-                extra_compile_args=["-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"],
+                extra_compile_args=FLAGS,
                 extra_link_args=["-pthread"],
             )
         ],

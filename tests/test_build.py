@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from email.message import Message
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,7 +30,7 @@ LEFT_OVERS = shutil.ignore_patterns(
 
 
 @pytest.fixture
-def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> Any:
     """setup.py as a module, on a machine where nothing is to be found."""
     for name in ("CPATH", "C_INCLUDE_PATH", "CPPFLAGS", "CFLAGS", "LIBMILTER_STATIC"):
         monkeypatch.delenv(name, raising=False)
@@ -83,7 +83,7 @@ def pkg_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 # --- looking for libmilter -----------------------------------------------------------------------
 
 
-def test_a_missing_header_names_the_package_for_each_system(setup_py: ModuleType) -> None:
+def test_a_missing_header_names_the_package_for_each_system(setup_py: Any) -> None:
     with pytest.raises(setup_py.SetupError) as caught:
         setup_py.find_include([])
     text = str(caught.value)
@@ -98,7 +98,7 @@ def test_a_missing_header_names_the_package_for_each_system(setup_py: ModuleType
 
 
 def test_the_usual_places_are_taken_in_order(
-    setup_py: ModuleType, make_prefix: Callable[[str], Path], tmp_path: Path
+    setup_py: Any, make_prefix: Callable[[str], Path], tmp_path: Path
 ) -> None:
     setup_py.PREFIXES = (str(tmp_path / "none"), str(make_prefix("a")), str(make_prefix("b")))
     include = setup_py.find_include([])
@@ -108,7 +108,7 @@ def test_the_usual_places_are_taken_in_order(
 
 @pytest.mark.parametrize("package", ["milter", "libmilter"])
 def test_pkg_config_comes_before_the_usual_places(
-    setup_py: ModuleType,
+    setup_py: Any,
     make_prefix: Callable[[str], Path],
     pkg_config: Callable[[str, Path], None],
     package: str,
@@ -122,7 +122,7 @@ def test_pkg_config_comes_before_the_usual_places(
 
 
 def test_a_missing_pkg_config_does_no_harm(
-    setup_py: ModuleType, make_prefix: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    setup_py: Any, make_prefix: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKG_CONFIG", "/no/such/pkg-config")
     prefix = make_prefix("usual")
@@ -132,7 +132,7 @@ def test_a_missing_pkg_config_does_no_harm(
 
 @pytest.mark.parametrize("below", ["", "libmilter"])
 def test_the_environment_overrides_everything(
-    setup_py: ModuleType,
+    setup_py: Any,
     make_prefix: Callable[[str], Path],
     pkg_config: Callable[[str, Path], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -153,7 +153,7 @@ def test_the_environment_overrides_everything(
     ("variable", "form"), [("CPATH", "{}"), ("C_INCLUDE_PATH", ":{}:"), ("CFLAGS", "-O1 -I{}")]
 )
 def test_what_the_compiler_is_told_counts(
-    setup_py: ModuleType,
+    setup_py: Any,
     make_prefix: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     variable: str,
@@ -165,7 +165,7 @@ def test_what_the_compiler_is_told_counts(
 
 
 def test_the_archive_is_found_or_asked_for(
-    setup_py: ModuleType, make_prefix: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    setup_py: Any, make_prefix: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lib = make_prefix("a") / "lib"
     assert setup_py.find_archive(lib, ["cc"]) == lib / "libmilter.a"

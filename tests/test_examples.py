@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,11 +47,13 @@ class Filter:
         """A connection, as soon as the filter listens."""
         return MTA.connect(self.address, wait_for=SECONDS, timeout=SECONDS)
 
-    def send(self, message: bytes, **arguments: object) -> Result:
+    def send(self, message: bytes, **arguments: Any) -> Result:
         """What becomes of one message, from FAR unless told otherwise."""
-        envelope = {"sender": "ann@example.org", "recipients": ["bob@example.com"], "client": FAR}
+        arguments.setdefault("sender", "ann@example.org")
+        arguments.setdefault("recipients", ["bob@example.com"])
+        arguments.setdefault("client", FAR)
         with self.connect() as mta:
-            return mta.send(message, **{**envelope, **arguments})
+            return mta.send(message, **arguments)
 
     def stop(self) -> int:
         """Ask it to stop; its exit status."""
