@@ -141,14 +141,7 @@ def free_port() -> Callable[[], int]:
     return find
 
 
-@pytest.fixture
-def run_filter(unix_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
-    """Starts filters: run_filter("name", *arguments) runs filters/name.py SOCKET *arguments.
-
-    ``source=``: the text of a script instead, which gets the same arguments.  ``socket=``: where
-    to listen; a fresh unix socket by default.  ``env=``: additions to the environment.
-    What still runs at the end of the test is killed.
-    """
+def _filters(new_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
     started: list[Filter] = []
 
     def run(
@@ -159,7 +152,7 @@ def run_filter(unix_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]
         env: dict[str, str] | None = None,
         options: tuple[str, ...] = (),
     ) -> Filter:
-        where = socket or unix_socket()
+        where = socket or new_socket()
         script = ["-c", source] if source is not None else [str(FILTERS / f"{name}.py")]
         command = [*python_command(), *options, *script, where, *arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -170,3 +163,22 @@ def run_filter(unix_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]
     for each in started:
         with contextlib.suppress(Exception):
             each.kill()
+
+
+@pytest.fixture
+def run_filter(unix_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
+    """Starts filters: run_filter("name", *arguments) runs filters/name.py SOCKET *arguments.
+
+    ``source=``: the text of a script instead, which gets the same arguments.  ``socket=``: where
+    to listen; a fresh unix socket by default.  ``env=``: additions to the environment.
+    What still runs at the end of the test is killed.
+    """
+    yield from _filters(unix_socket)
+
+
+@pytest.fixture(scope="module")
+def run_shared_filter() -> Iterator[Callable[..., Filter]]:
+    """Like run_filter, for filters that the tests of a module share: they live as long as it."""
+    with tempfile.TemporaryDirectory(prefix="milter-") as name:
+        numbers = itertools.count()
+        yield from _filters(lambda: f"unix:{name}/{next(numbers)}.sock")
