@@ -1,0 +1,120 @@
+"""What the tests of a filter's life share: holding a callback, waiting, looking at a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from Milter.mta import MTA, MTAError, Result
+
+WAIT = 20.0  # seconds: the bound of every wait, far above what a loaded machine needs
+MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
+RECIPIENTS = ["<r@example.com>"]
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Poll for something that the filter cannot tell of itself."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def path_of(socket_name: str) -> str:
+    return socket_name.partition(":")[2]
+
+
+def gone(socket_name: str) -> None:
+    """Wait until a filter on a unix socket listens no more."""
+    wait_until(lambda: not os.path.exists(path_of(socket_name)), "the filter still listens")
+
+
+def bits(value: str) -> set[int]:
+    number = int(value, 16)
+    return {n for n in range(1, 65) if number >> (n - 1) & 1}
+
+
+def signal_set(pid: int, kind: str) -> set[int]:
+    """One of the signal sets of a process: SigBlk, SigIgn or SigCgt."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    found = re.search(rf"^{kind}:\s*(\w+)", status, re.MULTILINE)
+    assert found is not None
+    return bits(found[1])
+
+
+def passes(filter_: Any) -> Result:
+    """The filter works: it takes a message."""
+    with filter_.mta() as mta:
+        result: Result = mta.send(MESSAGE, recipients=RECIPIENTS)
+    assert result.message["X-Stamp"] == "before"
+    assert result.message["Subject"] == "changed"
+    assert [r.address for r in result.recipients] == ["r@example.com", "added@example.com"]
+    assert result.message.body == b"new body\r\n"
+    return result
+
+
+def idle(filter_: Any) -> Any:
+    """Wait until the filter has taken a message and nothing is under way."""
+    passes(filter_)
+    filter_.wait_for("in close")
+    return filter_
+
+
+def end(filter_: Any, number: int = signal.SIGTERM) -> float:
+    """Stop a filter; returns how long its process took to end, in seconds."""
+    begin = time.monotonic()
+    os.kill(filter_.pid, number)
+    filter_.process.wait(WAIT)
+    took = time.monotonic() - begin
+    filter_.wait()
+    return took
+
+
+class Held:
+    """Callbacks of a filter that wait in a FIFO until the test lets them go on."""
+
+    def __init__(self, directory: Path, callback: str) -> None:
+        path = directory / f"{callback}.fifo"
+        os.mkfifo(path)
+        # Open for both: neither side waits for the other to come.
+        self._fifo = os.open(path, os.O_RDWR)
+        self._thread: threading.Thread | None = None
+        self._outcome: Result | Exception | None = None
+        self.options = ("--at", callback, f"hold:{path}")
+
+    def send(self, mta: MTA, message: bytes = MESSAGE) -> None:
+        """Send a message from a thread of its own: it will be held."""
+
+        def work() -> None:
+            try:
+                self._outcome = mta.send(message, recipients=RECIPIENTS)
+            except (MTAError, OSError, AssertionError) as exc:
+                self._outcome = exc
+
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        os.write(self._fifo, b"go on\n")
+
+    def outcome(self) -> Result | Exception:
+        """What became of the message."""
+        assert self._thread is not None
+        self._thread.join(WAIT)
+        assert self._outcome is not None, "the filter has not answered"
+        return self._outcome
+
+    def result(self) -> Result:
+        outcome = self.outcome()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def close(self) -> None:
+        os.close(self._fifo)
