@@ -1451,9 +1451,11 @@ class MTA:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None and self._wire.is_open:
-            self.quit()
-        self.close()
+        try:
+            if kind is None and self._wire.is_open:
+                self.quit()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close the socket without a word to the filter."""

@@ -485,6 +485,13 @@ def test_a_filter_that_hangs_up(part: bytes, where: str) -> None:
         mta.helo("x")
 
 
+def test_writing_to_a_filter_that_has_hung_up() -> None:
+    with scripted(lambda peer: peer.answer(optneg())) as (mta, _):
+        assert mta.expect_close() is None
+        with pytest.raises(FilterClosed, match="cannot write to the filter: Broken pipe"):
+            mta.send_raw(b"x")
+
+
 def test_progress_packets_belong_to_the_end_of_message_for_sendmail() -> None:
     said = frame(b"p") + OK
     with scripted(answers(said, said), dialect=Dialect.SENDMAIL) as (mta, _):
@@ -505,8 +512,11 @@ def test_quit_reads_to_the_end() -> None:
         mail(mta)
         mta.quit()
     assert peer.seen[-1] == (b"Q", b"")
-    with scripted(stray) as (mta, _), pytest.raises(ProtocolError), mta:
-        mail(mta)
+    with scripted(stray) as (mta, _):
+        with violation("nothing was due"), mta:
+            mail(mta)
+        with pytest.raises(FilterClosed, match="the connection to the filter is closed"):
+            mail(mta)
     # An exception on the way out is not hidden by what quit() would find.
     with scripted(stray) as (mta, _), pytest.raises(KeyError), mta:
         raise KeyError
@@ -1011,6 +1021,7 @@ def test_modifications_apply_to_the_envelope_and_the_body() -> None:
         (b"2", b"<d@x>\0NOTIFY=NEVER ORCPT=rfc822;d@x\0"),
         (b"-", b"a@X\0"),
         (b"-", b"<nobody@x>\0"),
+        (b"-", b"postmaster\0"),
         (b"e", b"<new@x>\0"),
         (b"q", b"first\0"),
         (b"q", b"second\0"),
@@ -1018,11 +1029,13 @@ def test_modifications_apply_to_the_envelope_and_the_body() -> None:
         (b"h", b"X\0y\0"),
         (b"b", b"two"),
     ]
-    script = answers(*[OK] * 9, b"".join(frame(*one) for one in said) + frame(b"a"))
+    script = answers(*[OK] * 11, b"".join(frame(*one) for one in said) + frame(b"a"))
     with scripted(script) as (mta, _):
-        result = mta.send(SIMPLE, sender=("s@x", "SIZE=1"), recipients=["a@x", "b@x"])
+        recipients = ["a@x", "b@x", "postmaster", "Postmaster"]
+        result = mta.send(SIMPLE, sender=("s@x", "SIZE=1"), recipients=recipients)
     assert [str(one) for one in result.recipients] == [
         "<b@x>",
+        "<Postmaster>",
         "<c@x>",
         "<B@X>",
         "<d@x> NOTIFY=NEVER ORCPT=rfc822;d@x",
@@ -1251,8 +1264,15 @@ def test_bad_socket_addresses(spec: str, said: str) -> None:
     assert repr(spec) in str(caught.value)
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
-    path = tmp_path / "none.sock"
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory whose name leaves room for a socket's, as tmp_path may not."""
+    with tempfile.TemporaryDirectory(prefix="mta-") as name:
+        yield Path(name)
+
+
+def test_nobody_listens(directory: Path) -> None:
+    path = directory / "none.sock"
     with takes(0, 5), pytest.raises(FilterUnreachable, match="No such file"):
         MTA.connect(f"unix:{path}")
     with takes(0.2, 5), pytest.raises(FilterUnreachable, match=r"tried for 0\.2 s"):
@@ -1260,13 +1280,13 @@ def test_nobody_listens(tmp_path: Path) -> None:
     path.write_text("no socket")
     with takes(0, 5), pytest.raises(FilterUnreachable, match="refused"):
         MTA.connect(f"unix:{path}")
-    (tmp_path / "file").write_text("")
+    (directory / "file").write_text("")
     with takes(0, 5), pytest.raises(FilterUnreachable, match="Not a directory"):
-        MTA.connect(f"unix:{tmp_path}/file/x", wait_for=60)
+        MTA.connect(f"unix:{directory}/file/x", wait_for=60)
 
 
-def test_waits_until_the_filter_listens(tmp_path: Path) -> None:
-    path = tmp_path / "late.sock"
+def test_waits_until_the_filter_listens(directory: Path) -> None:
+    path = directory / "late.sock"
 
     def listen() -> None:
         time.sleep(0.2)
@@ -1284,6 +1304,25 @@ def test_waits_until_the_filter_listens(tmp_path: Path) -> None:
         MTA.connect(f"unix:{path}", wait_for=WAIT).close()
     finally:
         thread.join(WAIT)
+
+
+def test_a_busy_filter_is_worth_waiting_for(directory: Path) -> None:
+    path = directory / "busy.sock"
+    with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
+        server.bind(str(path))
+        server.listen(0)
+        # Fill the queue; from then on connecting gives EAGAIN.
+        for _ in range(2):
+            other = stack.enter_context(socket.socket(socket.AF_UNIX))
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                other.connect(str(path))
+        with takes(0.2, 5), pytest.raises(FilterUnreachable, match=r"tried for 0\.2 s"):
+            MTA.connect(f"unix:{path}", timeout=0.2)
+        timer = threading.Timer(0.2, lambda: server.accept()[0].close())
+        timer.start()
+        MTA.connect(f"unix:{path}", timeout=WAIT, offer=None).close()
+        timer.join(WAIT)
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
