@@ -16,7 +16,16 @@ from typing import Any
 
 import pytest
 
-from Milter.mta import MTA, Client, Message, Result, Verdict
+from Milter.mta import (
+    MTA,
+    ChangeHeader,
+    Client,
+    InsertHeader,
+    Message,
+    Result,
+    Stage,
+    Verdict,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -233,11 +242,13 @@ def test_stamp_removes_the_stamps_that_came_with_the_message(start: Start) -> No
 
 def test_stamp_counts_forged_headers_for_each_message(start: Start) -> None:
     with start("stamp_header.py").connect() as mta:
-        for message in (STAMP.encode() + b": x\n" + PLAIN, PLAIN):
-            result = mta.send(message, recipients=["bob@example.com"], sender="ann@example.org")
-            assert [facts(value)["helo"] for value in result.message.get_all(STAMP)] == [
-                "localhost"
-            ]
+        results = [
+            mta.send(message, recipients=["bob@example.com"], sender="ann@example.org")
+            for message in (STAMP.encode() + b": x\n" + PLAIN, PLAIN)
+        ]
+    assert [len(result.message.get_all(STAMP)) for result in results] == [1, 1]
+    kinds = [[type(one) for one in result.modifications] for result in results]
+    assert kinds == [[ChangeHeader, InsertHeader], [InsertHeader]]
 
 
 def test_stamp_cuts_what_is_long(start: Start) -> None:
@@ -487,6 +498,13 @@ def test_rewrite_leaves_alone_and_says_why(start: Start, message: bytes, why: st
     reasons = re.findall("left alone: (.*)", running.log.read_text())
     assert len(reasons) == 1
     assert why in reasons[0]
+
+
+def test_rewrite_spares_the_mta_what_it_leaves_alone(start: Start) -> None:
+    message = mail(b"x" * 200_000, "Content-Type: text/html")
+    replies = start("rewrite_body.py").send(message).replies
+    # One chunk of several: the rest is not sent.
+    assert [reply.verdict for reply in replies if reply.stage is Stage.BODY] == [Verdict.SKIP]
 
 
 def test_rewrite_forgets_the_previous_message(start: Start) -> None:

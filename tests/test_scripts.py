@@ -170,8 +170,11 @@ def test_an_old_interpreter_is_refused(bash: Bash, programs: Path) -> None:
     stand_in(
         programs,
         "python-old",
-        'case "$2" in *sys.executable*) echo "$0";; *version_info*) exit 1;; esac\n'
-        '[ "$1" = -V ] && echo Python 3.8.18',
+        'case "$*" in\n'
+        '*sys.executable*) echo "$0" ;;\n'
+        "*'version_info < (3, 9)'*) exit 1 ;;\n"
+        "-V) echo Python 3.8.18 ;;\n"
+        "esac",
     )
     done = bash("choose_python", PYTHON="python-old")
     assert done.returncode == 1
