@@ -75,12 +75,14 @@ def _bound_steps(owner: Any, name: str) -> int:
 
 
 def _as_params(params: Text | Iterable[Text] | None) -> Text | None:
-    """ESMTP parameters as the context takes them: one text, separated by spaces."""
-    if params is None or isinstance(params, (str, bytes)):
+    """ESMTP parameters as the context takes them: one text, separated by spaces, or None."""
+    if not params:
+        return None
+    if isinstance(params, (str, bytes)):
         return params
     items = list(params)
     if all(isinstance(item, str) for item in items):
-        return " ".join(items) or None  # type: ignore[arg-type]
+        return " ".join(items)  # type: ignore[arg-type]
     return b" ".join(
         item.encode("utf-8", "surrogateescape") if isinstance(item, str) else item for item in items
     )
@@ -521,9 +523,10 @@ class Base:
             milter.error: not in ``eom``, or a value that is refused (then a ValueError too).
         """
         self._require(milter.ADDRCPT, "ADDRCPT")
-        if params is not None:
+        joined = _as_params(params)
+        if joined is not None:
             self._require(milter.ADDRCPT_PAR, "ADDRCPT_PAR")
-        self._context().addrcpt(rcpt, _as_params(params))
+        self._context().addrcpt(rcpt, joined)
 
     def delrcpt(self, rcpt: Text) -> None:
         """Remove a recipient, in ``eom`` only (smfi_delrcpt).
@@ -635,7 +638,8 @@ class Milter(Base):
             return
         text = " ".join(["Milter:", *map(str, msg)])
         try:
-            print(_printable(text, getattr(out, "encoding", None) or "utf-8"), file=out)
+            # In one piece, as other threads write too.
+            out.write(_printable(text, getattr(out, "encoding", None) or "utf-8") + "\n")
         except (OSError, ValueError):
             _log.debug("standard output is gone, could not print: %r", text)
 

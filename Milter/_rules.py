@@ -84,10 +84,15 @@ def header_name(call: str, value: object) -> bytes:
     wire = text(call, "name", value)
     if not wire:
         raise refuse(call, "name", "must not be empty", value)
-    if not _NAME.fullmatch(wire):
+    if not is_header_name(wire):
         rule = "must not hold a colon, a space or a control character"
         raise refuse(call, "name", rule, value)
     return wire
+
+
+def is_header_name(wire: bytes) -> bool:
+    """Whether these bytes can stand before the colon of a header."""
+    return _NAME.fullmatch(wire) is not None
 
 
 def header_value(call: str, value: object) -> bytes:

@@ -6,6 +6,7 @@ the package when it is called.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -166,8 +167,8 @@ def runmilter(
         if callback not in _REGISTERED:
             getattr(milter, f"set_{callback}_callback")(function)
     milter.setconn(socketname)
-    if timeout > 0:
-        milter.settimeout(int(timeout))
+    if timeout:
+        milter.settimeout(math.ceil(timeout))
     if drain_timeout is not None:
         milter.set_drain_timeout(drain_timeout)
     milter.register(name, **{callback: CALLBACKS[callback] for callback in _REGISTERED})

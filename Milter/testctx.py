@@ -147,8 +147,8 @@ class LazyLog:
         Args:
             path: the file; its directory is made when it is needed.
         """
-        self.name = path
         self._file: IO[str] | None = None
+        self.name = path
 
     def write(self, text: str) -> int:
         """Append text, with characters that have no byte form escaped.
@@ -173,6 +173,10 @@ class LazyLog:
         if self._file is not None:
             self._file.flush()
 
+    def __del__(self) -> None:
+        """Close the file: tests often leave that to the end."""
+        self.close()
+
     def close(self) -> None:
         """Close the file, if it was ever opened."""
         if self._file is not None:
@@ -185,34 +189,48 @@ class _StoredMessage:
 
     def __init__(self) -> None:
         self.eol = b"\n"
-        #: (name, everything after the colon with LF folds), from the top.
+        #: (name, the whole header with its line ends), from the top.
         self.fields: list[tuple[bytes, bytes]] = []
-        self.separated = False
+        self.separator = b""
         self.body = bytearray()
         self.new_body: bytearray | None = None
+
+    def _field(self, name: bytes, raw: bytes) -> tuple[bytes, bytes]:
+        """A header of this name with ``raw``, which has LF folds, after its colon."""
+        return name, name + b":" + raw.replace(b"\n", self.eol) + self.eol
+
+    def insert(self, at: int, name: bytes, raw: bytes) -> None:
+        """Put a header at a place among all, or at the end where there are fewer."""
+        if self.fields and not self.fields[-1][1].endswith(b"\n"):
+            last, whole = self.fields[-1]
+            self.fields[-1] = last, whole + self.eol
+        self.fields.insert(at, self._field(name, raw))
+
+    def append(self, name: bytes, raw: bytes) -> None:
+        """Put a header at the end."""
+        self.insert(len(self.fields), name, raw)
 
     def change(self, name: bytes, idx: int, raw: bytes | None) -> None:
         """Change, delete (None) or, beyond the last of that name, append a header.
 
-        Like sendmail, take index 0 for the first.
+        MTAs take index 0 for the first.
         """
         places = [i for i, field in enumerate(self.fields) if field[0].lower() == name.lower()]
-        if 0 <= max(idx, 1) - 1 < len(places):
+        if max(idx, 1) <= len(places):
             at = places[max(idx, 1) - 1]
-            self.fields[at : at + 1] = [] if raw is None else [(name, raw)]
+            self.fields[at : at + 1] = [] if raw is None else [self._field(name, raw)]
         elif raw is not None:
-            self.fields.append((name, raw))
+            self.append(name, raw)
 
     def as_bytes(self) -> bytes:
-        lines = [name + b":" + raw.replace(b"\n", self.eol) for name, raw in self.fields]
+        """The whole message as it stands now."""
         body = self.body if self.new_body is None else self.new_body
-        head = b"".join(one + self.eol for one in lines)
-        if self.separated or (self.fields and body):
-            head += self.eol
-        return head + bytes(body)
+        # MTAs mend what lacks the empty line after the headers.
+        separator = self.separator or (self.eol if self.fields and body else b"")
+        return b"".join(whole for _, whole in self.fields) + separator + body
 
 
-def _split_message(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes, bool, bytes]:
+def _split_message(data: bytes) -> tuple[_StoredMessage, list[tuple[bytes, bytes]], bytes]:
     """Take a message apart without changing a byte of it.
 
     Args:
@@ -220,30 +238,36 @@ def _split_message(data: bytes) -> tuple[list[tuple[bytes, bytes]], bytes, bool,
             start is dropped.
 
     Returns:
-        The headers, each a name and everything after its colon with LF folds; the line end;
-        whether an empty line follows them; the body.
+        The message with its headers but no body yet; the headers, each a name and everything
+        after its colon with LF folds; the body.
     """
     if data.startswith(b"From "):
         data = data.partition(b"\n")[2]
-    first = data.partition(b"\n")[0]
-    eol = b"\r\n" if first.endswith(b"\r") else b"\n"
+    stored = _StoredMessage()
+    if data.partition(b"\n")[0].endswith(b"\r"):
+        stored.eol = b"\r\n"
     fields: list[tuple[bytes, bytes]] = []
     at = 0
     while at < len(data):
         end = data.find(b"\n", at) + 1 or len(data)
-        one = data[at:end].rstrip(b"\r\n")
-        if not one:
-            return fields, eol, True, data[end:]
-        if one[:1] in (b" ", b"\t") and fields:
-            name, raw = fields[-1]
-            fields[-1] = name, raw + b"\n" + one
+        whole = data[at:end]
+        line = whole[:-1] if whole.endswith(b"\n") else whole
+        line = line[:-1] if line.endswith(b"\r") else line
+        if not line:
+            stored.separator = whole
+            return stored, fields, data[end:]
+        if line[:1] in (b" ", b"\t") and fields:
+            fields[-1] = fields[-1][0], fields[-1][1] + b"\n" + line
+            stored.fields[-1] = fields[-1][0], stored.fields[-1][1] + whole
         else:
-            name, colon, raw = one.partition(b":")
-            if not colon or not name or b" " in name:
+            name, colon, raw = line.partition(b":")
+            name = name.rstrip(b" \t")
+            if not colon or not _rules.is_header_name(name):
                 break
             fields.append((name, raw))
+            stored.fields.append((name, whole))
         at = end
-    return fields, eol, False, data[at:]
+    return stored, fields, data[at:]
 
 
 class TestCtx:
@@ -540,7 +564,7 @@ class TestCtx:
             The verdict.
         """
         name, raw = _as_bytes(fld), self._raw_value(_as_bytes(val))
-        self._stored.fields.append((name, raw))
+        self._stored.append(name, raw)
         return self._send_header(name, raw)
 
     def _raw_value(self, value: bytes) -> bytes:
@@ -560,7 +584,7 @@ class TestCtx:
         Returns:
             The verdict.
         """
-        self._stored.separated = True
+        self._stored.separator = self._stored.eol
         return self._run("eoh")
 
     def _feed_body(self, bfp: IO[bytes]) -> int:
@@ -649,12 +673,11 @@ class TestCtx:
             The verdict of ``eom``, or the first other than CONTINUE, which ends it. SKIP leaves out
             the rest of the same kind instead.
         """
-        fields, eol, separated, body = _split_message(_as_bytes(fp.read()))
+        stored, fields, body = _split_message(_as_bytes(fp.read()))
         verdict = self._envfrom(_in_brackets(sender))
         if verdict not in (milter.CONTINUE, milter.SKIP):
             return verdict
-        stored = self._stored
-        stored.fields, stored.eol, stored.separated = list(fields), eol, separated
+        self._stored = stored
         steps: Sequence[tuple[Callable[..., int], Sequence[tuple[Any, ...]]]] = (
             (self._envrcpt, [(_in_brackets(to),) for to in (rcpt, *rcpts)]),
             (self._data, [()]),
@@ -836,8 +859,10 @@ class TestCtx:
         raw = self._raw_value(_rules.header_value("addheader", value))
         self._perform("smfi_addheader" if idx < 0 else "smfi_insheader")
         self._headerschanged = True
-        at = len(self._stored.fields) if idx < 0 else idx
-        self._stored.fields.insert(at, (name, raw))
+        if idx < 0:
+            self._stored.append(name, raw)
+        else:
+            self._stored.insert(idx, name, raw)
 
     def chgheader(self, field: Text, idx: int, value: Text | None) -> None:
         """Change or delete a header of the message.
@@ -916,14 +941,17 @@ class TestCtx:
 
         Raises:
             TypeError: it is neither.
+            BufferError: it is not one piece of memory.
             milter.error: not in ``eom``, or MODBODY was not negotiated.
         """
-        content = memoryview(_as_bytes(chunk) if isinstance(chunk, str) else chunk).cast("B")
+        content = memoryview(_as_bytes(chunk) if isinstance(chunk, str) else chunk)
+        if not content.c_contiguous:
+            raise BufferError("replacebody: body is not one piece of memory")
         self._perform("smfi_replacebody")
         self._bodyreplaced = True
         if self._stored.new_body is None:
             self._stored.new_body = bytearray()
-        self._stored.new_body += content
+        self._stored.new_body += content.tobytes()
 
     def quarantine(self, reason: Text) -> None:
         """Record in ``_quarantine`` why the message is to be held.
