@@ -1011,6 +1011,7 @@ def test_leading_space_of_header_values() -> None:
         assert wire == values
         lines = result.message.as_bytes(b"\n").splitlines()
         assert lines == [changed, *untouched, *added, b""]
+        assert result.message["X"] == ("v" if steps else " v")
 
 
 def test_modifications_apply_to_the_envelope_and_the_body() -> None:
@@ -1349,6 +1350,13 @@ def test_tcp(family: socket.AddressFamily) -> None:
         with MTA.connect(f"{kind}:{port}@[{host}]", timeout=WAIT) as mta:
             assert mta.helo("x").verdict is Verdict.ACCEPT
         thread.join(WAIT)
+
+
+def test_tcp_does_not_wait_for_acknowledgements() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        with contextlib.closing(MTA(sock, offer=None)):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_failed_negotiation_closes_the_socket() -> None:
