@@ -313,7 +313,7 @@ class TestCtx:
         Args:
             logfile: where ``_log`` writes; opened at the first line.
         """
-        self._logfp: LazyLog | None = LazyLog(logfile)
+        self._logfp = LazyLog(logfile)
         self._opts: list[int] = list(self.default_opts)
         self._offer: list[int] = []
         self._outcome: list[int] = []
@@ -387,8 +387,7 @@ class TestCtx:
         Args:
             msg: any objects, written with spaces between them.
         """
-        if self._logfp is not None:
-            print(*msg, file=cast("IO[str]", self._logfp))
+        print(*msg, file=cast("IO[str]", self._logfp))
 
     # Driving the filter.
 
@@ -649,8 +648,7 @@ class TestCtx:
                 self._run("close")
         finally:
             self._closed = True
-            if self._logfp is not None:
-                self._logfp.close()
+            self._logfp.close()
         return milter.CONTINUE
 
     def _feedFile(

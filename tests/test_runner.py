@@ -249,6 +249,23 @@ def test_a_further_session_takes_over_what_was_agreed(noisy):
     assert (ctx.getpriv()._actions, ctx.getpriv()._protocol) == (milter.ADDHDRS, P_NR_CONN)
 
 
+def test_a_context_that_tells_nothing_leaves_the_defaults(noisy):
+    class Bare:
+        """What an application's own tests may use for a context."""
+
+        kept = None
+
+        def getpriv(self):
+            return self.kept
+
+        def setpriv(self, priv):
+            self.kept = priv
+
+    ctx = Bare()
+    Milter.connect_callback(ctx, "host", 0, None)
+    assert (ctx.kept._actions, ctx.kept._protocol) == (CURR_ACTS, 0)
+
+
 @pytest.mark.parametrize(
     ("protocol", "mask", "expected"),
     [

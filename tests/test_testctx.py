@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import array
+import email
 import io
 import logging
 import random
 import socket
+import sys
+import types
 from typing import ClassVar
 
 import milter
@@ -919,6 +922,23 @@ def test_a_replaced_body_is_what_all_calls_gave(play, chunks):
     assert ctx._body.getvalue() == MESSAGE.partition(b"\n\n")[0] + b"\n\n" + expected
 
 
+def test_the_message_can_be_read_parsed(play, monkeypatch):
+    def eom(self):
+        self.chgheader("Subject", 1, "new")
+        assert self._ctx._msg["Subject"] == "new"
+        return ACCEPT
+
+    parser = types.SimpleNamespace(message_from_file=email.message_from_binary_file)
+    monkeypatch.setitem(sys.modules, "mime", parser)
+    ctx = play(eom=eom)
+    assert ctx._msg is None
+    fed(ctx)
+    assert ctx._msg.get_all("x-twice") == ["1", "2"]
+    assert ctx._msg.get_payload() == "line one\nline two\n"
+    ctx._envfrom("<a@b>")
+    assert ctx._msg is None
+
+
 # Headers.
 
 
@@ -1199,6 +1219,19 @@ def test_braces_around_one_letter_do_not_count(play):
     ctx._setsymval("i", None)
     ctx._setsymval("nothing", None)
     assert ctx._macros == {"{j}": "host", "{long}": "hidden"}
+
+
+def test_a_macro_that_the_mta_does_not_define_is_none(play):
+    values = []
+
+    def hello(self, hostname):
+        values.append(self.getsymval("{nothing}"))
+        with pytest.raises(milter.InvalidArgument, match="getsymval: name: must not hold NUL"):
+            self.getsymval("i\0")
+        return CONTINUE
+
+    play(hello=hello)
+    assert values == [None]
 
 
 def test_macros_can_be_read_at_negotiation(play):
