@@ -266,7 +266,11 @@ def test_a_quit_in_a_message_is_an_abort_and_a_close(scripted: Any) -> None:
 
 
 def test_close_does_not_run_where_no_callback_created_a_context(run_filter: Any) -> None:
-    running = run_filter("w_scripted", "milter.set_close_callback(lambda ctx: say('close'))")
+    setup = (
+        "old = milter.set_close_callback(None)\n"
+        "milter.set_close_callback(lambda ctx: (say('close'), old(ctx)))"
+    )
+    running = run_filter("w_scripted", setup)
     probe = running.mta(offer=None)
     probe.quit()
     with session(running, offer=Offer()) as each:

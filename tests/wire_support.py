@@ -6,7 +6,7 @@ import ast
 import contextlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from Milter.mta import MTA, Offer, Reply
@@ -40,6 +40,8 @@ class Session:
     def begin(self) -> None:
         """A new SMTP session, with a tag of its own."""
         self.tag = uuid.uuid4().hex
+        self._connected = False
+        self._start = len(self.filter.output.splitlines())
 
     @property
     def script(self) -> dict[str, str]:
@@ -48,6 +50,7 @@ class Session:
 
     def connect(self, *args: Any, **options: Any) -> Reply:
         macros = {**self.script, **options.pop("macros", {})}
+        self._connected = True
         return self.mta.connect_info(*args, macros=macros, **options)
 
     def envelope(self, *recipients: str) -> None:
@@ -79,6 +82,27 @@ class Session:
         self.envelope()
         return self.content()
 
+    def reach(self, stage: str) -> Reply:
+        """The answer to one step, after all steps that come before it."""
+        steps: dict[str, Callable[[], Reply]] = {
+            "connect": self.connect,
+            "helo": lambda: self.mta.helo("client.example"),
+            "unknown": lambda: self.mta.unknown("XBOGUS"),
+            "envfrom": lambda: self.mta.mail("<alice@example.com>"),
+            "envrcpt": lambda: self.mta.rcpt("<bob@example.org>"),
+            "data": self.mta.data,
+            "header": lambda: self.mta.header("Subject", "hello"),
+            "eoh": self.mta.eoh,
+            "body": lambda: self.mta.body(b"text\r\n"),
+            "eom": self.mta.eom,
+        }
+        for name, step in steps.items():
+            reply = step()
+            if name == stage:
+                return reply
+            assert reply.verdict.goes_on, reply
+        raise ValueError(stage)
+
     def next(self, count: int = 1) -> tuple[Any, ...]:
         """What the filter says in this session as its count-th word."""
         return self._parse(self.filter.wait_for(f"{self.tag} (", count))
@@ -95,13 +119,16 @@ class Session:
         value: tuple[Any, ...] = ast.literal_eval(line[len(self.tag) + 1 :])
         return value
 
-    def reports(self) -> list[str]:
-        """The exception reports in the filter's output that name this session's tag."""
-        return [
-            line
-            for line in self.filter.output.split("\n")
-            if self.tag in line and not line.startswith(self.tag)
-        ]
+    def settle(self) -> None:
+        """Wait until the filter is done with this session, so that no other sees its traces."""
+        if self._connected:
+            self.said()
+
+    def log(self) -> str:
+        """What the filter wrote during this session beside what it said."""
+        self.said()
+        lines = self.filter.output.split("\n")[self._start :]
+        return "\n".join(line for line in lines if not line.startswith(self.tag))
 
 
 @contextlib.contextmanager
@@ -111,5 +138,7 @@ def session(running: Any, *, offer: Offer | None = None, **bodies: str) -> Itera
     The filter has to outlive it.
     """
     with running.mta(offer=offer or Offer()) as mta:
-        yield Session(running, mta, bodies)
+        made = Session(running, mta, bodies)
+        yield made
+    made.settle()
     assert running.process.poll() is None, running.output

@@ -38,7 +38,7 @@ def compiled(body: str) -> Callable[..., Any]:
         + textwrap.indent(textwrap.dedent(body), "    ")
         + "\n    return milter.CONTINUE\n"
     )
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"__name__": __name__}
     exec(source, namespace)
     function: Callable[..., Any] = namespace["callback"]
     return function
