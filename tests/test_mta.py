@@ -1096,8 +1096,8 @@ def change(number: int, name: bytes, value: bytes) -> bytes:
         ([change(1, b"A", b"x")], "Ax B2 A3 C4 A5", None),
         ([change(0, b"A", b"x")], "Ax B2 A3 C4 A5", None),
         ([change(3, b"a", b"x")], "A1 B2 A3 C4 ax", "A1 B2 A3 C4 Ax"),
-        ([change(4, b"A", b"x")], "A1 B2 A3 C4 A5 Ax", None),
-        ([change(99, b"A", b"x")], "A1 B2 A3 C4 A5 Ax", None),
+        ([change(4, b"A", b"x")], "A1 B2 A3 C4 A5 Ax", "Ax A1 B2 A3 C4 A5"),
+        ([change(99, b"A", b"x")], "A1 B2 A3 C4 A5 Ax", "Ax A1 B2 A3 C4 A5"),
         ([change(1, b"D", b"x")], "A1 B2 A3 C4 A5 Dx", None),
         ([change(2, b"a", b"")], "A1 B2 C4 A5", None),
         ([change(0, b"a", b"")], "B2 A3 C4 A5", None),
@@ -1130,9 +1130,11 @@ def test_header_edits(edits: list[bytes], postfix: str, sendmail: str | None) ->
         ([insert(0, b"D", b"x")], "Dx R0 R1 A2", None),
         ([insert(1, b"D", b"x")], "R0 Dx R1 A2", None),
         ([change(1, b"R", b"x")], "R0 Rx A2", None),
-        ([change(2, b"R", b"x")], "R0 R1 A2 Rx", None),
-        # Postfix passes over the topmost header, whose ever it is.
-        ([insert(0, b"D", b"x"), change(1, b"R", b"y")], "Dx Ry R1 A2", "Dx R0 Ry A2"),
+        ([change(2, b"R", b"x")], "R0 R1 A2 Rx", "Rx R0 R1 A2"),
+        # Its own header is passed over where it is no longer the topmost, too.
+        ([insert(0, b"D", b"x"), change(1, b"R", b"y")], "Dx R0 Ry A2", None),
+        ([insert(0, b"R", b"x"), change(1, b"R", b"y")], "Ry R0 R1 A2", None),
+        ([insert(0, b"R", b"x"), change(2, b"R", b"y")], "Rx R0 Ry A2", None),
     ],
 )
 def test_header_edits_under_the_own_received(
