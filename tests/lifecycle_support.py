@@ -76,20 +76,11 @@ def end(filter_: Any, number: int = signal.SIGTERM) -> float:
     return took
 
 
-class Held:
-    """Callbacks of a filter that wait in a FIFO until the test lets them go on."""
+class Sending:
+    """A message on its way, sent by a thread of its own."""
 
-    def __init__(self, directory: Path, callback: str) -> None:
-        path = directory / f"{callback}.fifo"
-        os.mkfifo(path)
-        # Open for both: neither side waits for the other to come.
-        self._fifo = os.open(path, os.O_RDWR)
-        self._thread: threading.Thread | None = None
+    def __init__(self, mta: MTA, message: bytes = MESSAGE) -> None:
         self._outcome: Result | Exception | None = None
-        self.options = ("--at", callback, f"hold:{path}")
-
-    def send(self, mta: MTA, message: bytes = MESSAGE) -> None:
-        """Send a message from a thread of its own: it will be held."""
 
         def work() -> None:
             try:
@@ -100,12 +91,8 @@ class Held:
         self._thread = threading.Thread(target=work, daemon=True)
         self._thread.start()
 
-    def release(self) -> None:
-        os.write(self._fifo, b"go on\n")
-
     def outcome(self) -> Result | Exception:
-        """What became of the message."""
-        assert self._thread is not None
+        """What became of the message, or what was raised."""
         self._thread.join(WAIT)
         assert self._outcome is not None, "the filter has not answered"
         return self._outcome
@@ -115,6 +102,21 @@ class Held:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+class Held:
+    """A callback of a filter that waits in a FIFO until the test lets it go on."""
+
+    def __init__(self, directory: Path, callback: str) -> None:
+        path = directory / f"{callback}.fifo"
+        os.mkfifo(path)
+        # Open for both: neither side waits for the other to come.
+        self._fifo = os.open(path, os.O_RDWR)
+        self.options = ("--at", callback, f"hold:{path}")
+
+    def release(self) -> None:
+        """Let one callback go on."""
+        os.write(self._fifo, b"!")
 
     def close(self) -> None:
         os.close(self._fifo)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import contextlib
 import os
 import signal
@@ -37,6 +38,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at", nargs=2, action="append", default=[], metavar=("CALLBACK", "WHAT"))
     parser.add_argument("--drain", type=float)
     parser.add_argument("--block", help="a signal to block in the main thread")
+    parser.add_argument("--told", help="a FIFO: wait for a byte from it, with --wait told")
+    parser.add_argument("--ending", choices=("return", "exit", "raise"), default="return")
     return parser.parse_args()
 
 
@@ -44,9 +47,15 @@ def arguments() -> argparse.Namespace:
 
 
 def hold(fifo: str) -> None:
-    """Block without the interpreter lock until the test writes a line."""
-    with open(fifo, encoding="ascii") as stream:
-        stream.readline()
+    """Block without the interpreter lock until the test writes a byte."""
+    with open(fifo, "rb", buffering=0) as stream:
+        stream.read(1)
+
+
+def spin(_: str) -> None:
+    """Keep the interpreter busy for ever."""
+    while True:
+        pass
 
 
 def leave(status: str) -> None:
@@ -96,6 +105,7 @@ def child_that_waits(_: str) -> None:
 
 WHATS = {
     "hold": hold,
+    "spin": spin,
     "exit": leave,
     "interrupt": interrupt,
     "stop": stop,
@@ -232,6 +242,10 @@ def wait_pause_once(worker: threading.Thread) -> None:
     say("pause returned")
 
 
+def wait_told(worker: threading.Thread) -> None:
+    hold(arguments().told)
+
+
 def wait_sigwait(worker: threading.Thread) -> None:
     signal.sigwait({signal.SIGTERM})
     say("sigwait returned")
@@ -264,12 +278,14 @@ WAITS = {
     "pause": wait_pause,
     "pause-once": wait_pause_once,
     "sigwait": wait_sigwait,
+    "told": wait_told,
     "asyncio": wait_asyncio,
 }
 
 
 def main() -> None:
     options = arguments()
+    atexit.register(say, "atexit, registered early")
     Watched.todo = {name: what.partition(":")[::2] for name, what in options.at}
     Milter.factory = Watched
     for name, way in options.handle:
@@ -294,7 +310,12 @@ def main() -> None:
                 raise
     say("mask kept", signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask)
     say("handlers kept", [signal.getsignal(n) for n in signal.valid_signals()] == handlers)
+    atexit.register(say, "atexit, registered late")
     say("end of the program")
+    if options.ending == "exit":
+        sys.exit(3)
+    if options.ending == "raise":
+        raise RuntimeError("raised by the program")
 
 
 if __name__ == "__main__":
