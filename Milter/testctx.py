@@ -761,7 +761,7 @@ class TestCtx:
 
         Where the filter has asked for a list of macros at this stage, the others are not seen,
         unless they came at an earlier stage: by a list there, or because MTAs send them there
-        by default.
+        by default. In ``negotiate`` no macro has come yet.
 
         Args:
             name: its name, in braces where that is longer than one letter.
@@ -783,6 +783,8 @@ class TestCtx:
 
     def _is_sent(self, name: str) -> bool:
         """Whether the MTA has sent a macro by now."""
+        if self._running == "negotiate":
+            return False
         if self._at_stage is None:
             return True
         if self._symlist[self._at_stage] is None:
@@ -942,9 +944,13 @@ class TestCtx:
             BufferError: it is not one piece of memory.
             milter.error: not in ``eom``, or MODBODY was not negotiated.
         """
-        content = memoryview(_as_bytes(chunk) if isinstance(chunk, str) else chunk)
+        try:
+            content = memoryview(_as_bytes(chunk) if isinstance(chunk, str) else chunk)
+        except TypeError:
+            kind = type(chunk).__name__
+            raise TypeError(f"a bytes-like object is required, not {kind!r}") from None
         if not content.c_contiguous:
-            raise BufferError("replacebody: body is not one piece of memory")
+            raise BufferError("memoryview: underlying buffer is not C-contiguous")
         self._perform("smfi_replacebody")
         self._bodyreplaced = True
         if self._stored.new_body is None:
