@@ -80,10 +80,20 @@ __all__ = [
     "uniqueID",
 ]
 
-# These live in private modules; this is where users find them.
+
+def _show_here(value: Any) -> None:
+    """Make a public object say that it is found here, not in the private module it lives in."""
+    if callable(value):
+        value.__module__ = __name__
+    if isinstance(value, type):
+        for member in vars(value).values():
+            function = getattr(member, "__func__", member)
+            if getattr(function, "__module__", None) == f"{__name__}._base":
+                function.__module__ = __name__
+
+
 for _name in __all__:
-    if callable(globals()[_name]):
-        globals()[_name].__module__ = __name__
+    _show_here(globals()[_name])
 del _name
 
 __all__ += [name for name in vars(milter) if not name.startswith("_")]
