@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from wire_support import session
 
 from Milter.mta import (
     Action,
@@ -21,10 +20,6 @@ from Milter.mta import (
     ReplaceBody,
     Verdict,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from wire_support import session
 
 ALL_BYTES = bytes(sorted(set(range(1, 256)) - {10, 13}))
 NAME_BYTES = bytes(sorted(set(range(33, 256)) - {58, 127}))

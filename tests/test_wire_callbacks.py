@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import socket
-import sys
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from wire_support import TRACE, session
 
 from Milter.mta import Action, Family, Offer, Step, Verdict
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from wire_support import TRACE, session
 
 MAXIMAL_PATH = "/" + "p" * 106  # sun_path holds 108 bytes on Linux, one of them the final NUL
 

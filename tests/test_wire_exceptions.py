@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from wire_support import Session, session
 
 from Milter.mta import FilterClosed, Offer, SmtpReply, Step, Verdict
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from wire_support import Session, session
 
 SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in scripted",))
 

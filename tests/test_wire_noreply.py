@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from wire_support import TRACE, session
 
 from Milter.mta import Offer, Reply, SmtpReply, Step, Verdict
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from wire_support import TRACE, session
 
 SOFT = (
     Verdict.TEMPFAIL,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+from wire_support import session
 
 from Milter.mta import Offer, Reply, SmtpReply, Stage, Step, Verdict
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from wire_support import session
 
 REPLYING = ["connect", "helo", "unknown", "envfrom", "envrcpt", "data"]
 REPLYING += ["header", "eoh", "body", "eom"]
