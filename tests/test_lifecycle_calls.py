@@ -42,7 +42,10 @@ def test_stop_before_main_makes_it_return_at_once(scenario, when):
 
 def test_stop_from_a_thread(scenario):
     filter_ = scenario("stop-from-a-thread")
-    assert send(filter_).verdict is Verdict.ACCEPT
+    with filter_.mta() as mta:
+        assert mta.send(MESSAGE, recipients=RECIPIENTS).verdict is Verdict.ACCEPT
+        mta.expect_close()
+        mta.close()
     assert filter_.wait() == 0
     assert "stop: None" in filter_.output
     assert "main: None" in filter_.output
