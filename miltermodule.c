@@ -9,7 +9,8 @@
  * Read it top to bottom: the threads, the verdicts, the way in and out, the trampolines,
  * the module's functions and definition.  Beside it, in src/: milter.h (what all share),
  * values.c (text, addresses, checks of arguments), context.c (the context object),
- * listener.c (the listening socket), lifecycle.c (main(), signals, stopping), constants.c.
+ * listener.c (the listening socket), signals.c (who gets which signal),
+ * lifecycle.c (main() and stopping), constants.c.
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.
@@ -1031,19 +1032,17 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
     }
     warn_of_few_descriptors();
     filter.interpreter = PyThreadState_GetInterpreter(PyThreadState_Get());
-    filter.phase = RUNNING;
-    if (start_libmilter(state) < 0) {
-        filter.phase = SOCKET_OPEN;
+    if (run_filter(state) < 0) {
         return NULL;
     }
-    run_filter(state);
     if (state->raised != NULL) {
         PyObject *raised = state->raised;
         state->raised = NULL;
         raise_exception(raised);
         return NULL;
     }
-    if (atomic_load(&filter.listener_ended) && atomic_load(&filter.result) != MI_SUCCESS) {
+    if (!atomic_load(&filter.stop_wanted) && atomic_load(&filter.result) != MI_SUCCESS &&
+        !libmilter_took_signal()) {
         PyErr_SetString(state->error, "smfi_main failed; libmilter wrote the reason to syslog");
         return NULL;
     }

@@ -10,101 +10,9 @@
  *  3. The connections are shut down for reading.  libmilter still writes the replies that it
  *     owes, then sees the end of each connection and calls close.
  *  4. libmilter's threads stay asleep until the process ends; smfi_main() does not return.
- *
- * libmilter has a thread that waits for HUP, INT and TERM, which it blocks in its others.  The
- * kernel prefers the main thread of a process, where they are not blocked, so they arrive there:
- * in Python's handler if the application installed one, in on_stop_signal() otherwise.
  */
 
 #include "milter.h"
-
-#define STOP_SIGNALS 3
-static const int stop_signals[STOP_SIGNALS] = {SIGTERM, SIGINT, SIGHUP};
-static struct sigaction previous_actions[STOP_SIGNALS];
-static bool taken_signals[STOP_SIGNALS];
-
-static void
-on_stop_signal(int number)
-{
-    int none = 0;
-
-    atomic_compare_exchange_strong(&filter.signal, &none, number);
-    atomic_store(&filter.stop_wanted, true);
-    wake_main();
-}
-
-/* May we take this signal?  Yes where nobody else cares: the default action, or Python's own
- * handler of SIGINT, which raises KeyboardInterrupt. */
-static bool
-is_default_action(int number, const struct sigaction *action)
-{
-    PyObject *module, *handler = NULL, *theirs = NULL;
-    bool is_default;
-
-    if (action->sa_handler == SIG_DFL) {
-        return true;
-    }
-    if (action->sa_handler == SIG_IGN || number != SIGINT) {
-        return false;
-    }
-    module = PyImport_ImportModule("signal");
-    if (module != NULL) {
-        handler = PyObject_CallMethod(module, "getsignal", "i", number);
-        theirs = PyObject_GetAttrString(module, "default_int_handler");
-    }
-    is_default = handler != NULL && handler == theirs;
-    PyErr_Clear();
-    Py_XDECREF(module);
-    Py_XDECREF(handler);
-    Py_XDECREF(theirs);
-    return is_default;
-}
-
-static void
-take_signals(void)
-{
-    struct sigaction action = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
-
-    sigemptyset(&action.sa_mask);
-    for (size_t i = 0; i < STOP_SIGNALS; i++) {
-        struct sigaction *previous = &previous_actions[i];
-        taken_signals[i] = sigaction(stop_signals[i], NULL, previous) == 0 &&
-                           is_default_action(stop_signals[i], previous) &&
-                           sigaction(stop_signals[i], &action, NULL) == 0;
-    }
-}
-
-/* Also runs in a forked child, so only async-signal-safe calls. */
-static void
-give_back_signals(void)
-{
-    struct sigaction current;
-
-    for (size_t i = 0; i < STOP_SIGNALS; i++) {
-        if (taken_signals[i] && sigaction(stop_signals[i], NULL, &current) == 0 &&
-            current.sa_handler == on_stop_signal) {
-            sigaction(stop_signals[i], &previous_actions[i], NULL);
-        }
-        taken_signals[i] = false;
-    }
-}
-
-static bool
-in_main_thread(void)
-{
-    PyObject *threading = PyImport_ImportModule("threading");
-    PyObject *thread =
-        threading == NULL ? NULL : PyObject_CallMethod(threading, "main_thread", NULL);
-    PyObject *ident = thread == NULL ? NULL : PyObject_GetAttrString(thread, "ident");
-    bool same = ident != NULL && PyLong_Check(ident) &&
-                PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
-
-    PyErr_Clear();
-    Py_XDECREF(ident);
-    Py_XDECREF(thread);
-    Py_XDECREF(threading);
-    return same;
-}
 
 static bool
 stop_is_wanted(void)
@@ -143,49 +51,30 @@ milliseconds_until(double deadline)
 static bool
 wait_until(module_state *state, bool (*done)(void), double deadline)
 {
-    char drop[64];
+    char bytes[64];
+    ssize_t count;
 
     while (!done()) {
-        int timeout = deadline < 0 ? -1 : milliseconds_until(deadline);
+        int timeout = deadline < 0 ? -1 : Py_MIN(milliseconds_until(deadline), BEAT_MILLISECONDS);
         struct pollfd wait = {.fd = filter.pipe[0], .events = POLLIN};
+        /* First, as a signal may have come before Python knew of the pipe. */
+        if (PyErr_CheckSignals() < 0) {
+            stop_with_exception(state);
+            continue;
+        }
         if (timeout == 0) {
             return false;
         }
         Py_BEGIN_ALLOW_THREADS
         if (poll(&wait, 1, timeout) > 0) {
-            while (read(filter.pipe[0], drop, sizeof drop) > 0) {
+            while ((count = read(filter.pipe[0], bytes, sizeof bytes)) > 0) {
+                forward_signals(bytes, count);
             }
         }
         Py_END_ALLOW_THREADS
-        if (PyErr_CheckSignals() < 0) {
-            stop_with_exception(state);
-        }
+        atomic_fetch_add(&filter.beat, 1);
     }
     return true;
-}
-
-/* Python's own C handler of signals writes to this descriptor: a signal whose handler is in
- * Python wakes main() whichever thread it arrives on.  Returns the one before, or -1. */
-static int
-set_wakeup_fd(int fd)
-{
-    PyObject *module = PyImport_ImportModule("signal");
-    PyObject *function = NULL, *args = NULL, *keywords = NULL, *old = NULL;
-    int before = -1;
-
-    if (module != NULL && (function = PyObject_GetAttrString(module, "set_wakeup_fd")) != NULL &&
-        (args = Py_BuildValue("(i)", fd)) != NULL &&
-        (keywords = Py_BuildValue("{sO}", "warn_on_full_buffer", Py_False)) != NULL &&
-        (old = PyObject_Call(function, args, keywords)) != NULL) {
-        before = (int)PyLong_AsLong(old);
-    }
-    PyErr_Clear(); /* the application's descriptor may be closed by now */
-    Py_XDECREF(old);
-    Py_XDECREF(keywords);
-    Py_XDECREF(args);
-    Py_XDECREF(function);
-    Py_XDECREF(module);
-    return before;
 }
 
 /* Steps 1 to 3 of the comment above. */
@@ -207,39 +96,52 @@ drain(module_state *state)
     wait_until(state, contexts_are_closed, monotonic_now() + CLOSE_SECONDS);
 }
 
+/* libmilter's threads inherit this mask.  It is set in the new thread, which besides waits until
+ * its maker is out of pthread_create(): a signal that came while the maker blocked signals, as
+ * pthread_create() does too, would wait for libmilter's signal thread and be taken by it. */
+static sigset_t libmilter_mask;
+static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
+
 static void *
 run_libmilter(void *Py_UNUSED(arg))
 {
+    pthread_sigmask(SIG_SETMASK, &libmilter_mask, NULL);
+    pthread_mutex_lock(&starting);
+    pthread_mutex_unlock(&starting);
     atomic_store(&filter.result, smfi_main());
     atomic_store(&filter.listener_ended, true);
     wake_main();
     return NULL;
 }
 
-/* libmilter's threads start with every signal blocked that a program handles; a thread that
- * comes to run a callback goes back to the mask of the one that called main(). */
-int
+/* libmilter's threads block every signal that a program handles; a thread that comes to run a
+ * callback goes back to the mask of the one that called main(). */
+static int
 start_libmilter(module_state *state)
 {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
     pthread_t thread;
     pthread_attr_t attributes;
-    sigset_t all;
     int code;
 
-    sigfillset(&all);
-    sigdelset(&all, SIGSEGV);
-    sigdelset(&all, SIGBUS);
-    sigdelset(&all, SIGFPE);
-    sigdelset(&all, SIGILL);
+    sigfillset(&libmilter_mask);
+    for (size_t i = 0; i < Py_ARRAY_LENGTH(faults); i++) {
+        sigdelset(&libmilter_mask, faults[i]);
+    }
+    prepare_parking(&libmilter_mask);
+    pthread_sigmask(SIG_SETMASK, NULL, &filter.mask);
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_sigmask(SIG_SETMASK, &all, &filter.mask);
+    pthread_mutex_lock(&starting);
     code = pthread_create(&thread, &attributes, run_libmilter, NULL);
-    pthread_sigmask(SIG_SETMASK, &filter.mask, NULL);
+    pthread_mutex_unlock(&starting);
     pthread_attr_destroy(&attributes);
     if (code != 0) {
         return raise_os_error(state, code, "cannot start", "libmilter's thread", "");
     }
+    Py_BEGIN_ALLOW_THREADS
+    park_signal_thread();
+    Py_END_ALLOW_THREADS
     return 0;
 }
 
@@ -282,17 +184,6 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
     }
     atomic_store(&filter.gate_closed, true);
     wait_until(state, gate_is_empty, monotonic_now() + 1);
-    Py_RETURN_NONE;
-}
-
-/* Registered with os.register_at_fork: the child's signals are not the parent's business. */
-PyObject *
-leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
-{
-    if (filter.wakeup_set) {
-        filter.wakeup_set = false;
-        set_wakeup_fd(-1);
-    }
     Py_RETURN_NONE;
 }
 
@@ -342,38 +233,27 @@ warn_of_few_descriptors(void)
     }
 }
 
-/* Take a signal's action that was put off until the filter had drained. */
-static void
-take_put_off_action(void)
-{
-    int number = atomic_load(&filter.signal);
-
-    if (number != 0) {
-        kill(getpid(), number);
-    }
-}
-
-/* From a running libmilter to a drained one. */
-void
+/* From opening the doors to an empty house. */
+int
 run_filter(module_state *state)
 {
     bool main_thread = in_main_thread();
-    int wakeup = -1;
+    int started;
 
-    take_signals();
+    take_signals(main_thread);
     if (main_thread) {
-        wakeup = set_wakeup_fd(filter.pipe[1]);
-        filter.wakeup_set = true;
+        borrow_wakeup_fd();
     }
-    wait_until(state, stop_is_wanted, -1);
-    drain(state);
-    if (main_thread) {
-        filter.wakeup_set = false;
-        set_wakeup_fd(wakeup);
+    filter.phase = RUNNING;
+    started = start_libmilter(state);
+    if (started == 0) {
+        wait_until(state, stop_is_wanted, -1);
+        drain(state);
     }
+    return_wakeup_fd();
+    atomic_store(&filter.drained, true);
     give_back_signals();
     filter.phase = STOPPED;
-    if (!main_thread) {
-        take_put_off_action();
-    }
+    take_put_off_action();
+    return started;
 }

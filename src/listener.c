@@ -134,7 +134,7 @@ each_descriptor(bool (*visit)(int fd, void *arg), void *arg)
     }
 }
 
-static bool
+bool
 is_listening(int fd)
 {
     int listening = 0;

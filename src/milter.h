@@ -46,6 +46,7 @@
 #define NAME_IN_REPLY 40       /* bytes of the filter's name in the reply to an exception */
 #define DRAIN_SECONDS 30.0     /* how long messages in progress may take after a stop */
 #define CLOSE_SECONDS 2.0      /* how long close callbacks may take once all is drained */
+#define BEAT_MILLISECONDS 200  /* at least this often a drain shows that it is alive */
 #define COMFORTABLE_FILES 1024 /* below this soft limit accept() may run out of descriptors */
 #define STACK_ARGS 16          /* arguments of a callback that need no allocation */
 
@@ -108,18 +109,21 @@ typedef struct {
     ino_t inode;
     int listener; /* libmilter's listening descriptor, or -1 */
 
-    int pipe[2];     /* wakes main(): anything written to [1] does */
-    bool wakeup_set; /* Python writes signals to it, guarded likewise */
-    sigset_t mask;   /* of the thread that called main() */
+    int pipe[2];       /* wakes main(): anything written to [1] does */
+    int wakeup_before; /* the descriptor that the application had set, or -1 */
+    bool wakeup_set;   /* Python writes signals to it, guarded likewise */
+    sigset_t mask;     /* of the thread that called main() */
     double drain_seconds;
 
     /* Read and written by many threads, and by signal handlers. */
     atomic_bool stop_wanted;    /* by stop(), a signal, an exception */
     atomic_bool draining;       /* new messages are refused */
+    atomic_bool drained;        /* nothing more will be answered */
     atomic_bool listener_ended; /* smfi_main() has returned */
     atomic_bool gate_closed;    /* no thread of libmilter may enter Python any more */
     atomic_int result;          /* of smfi_main() */
     atomic_int signal;          /* the one that stopped the filter, or 0 */
+    atomic_ulong beat;          /* counts the rounds of main()'s waiting */
     atomic_long inside;         /* threads of libmilter that are in Python now */
     atomic_long messages;       /* in progress */
     atomic_ulong created;       /* contexts */
@@ -194,19 +198,31 @@ void forget_connection(ContextObject *context);
 int raise_os_error(module_state *state, int code, const char *what, const char *where,
                    const char *mend);
 const char *why_bad_conn(const char *conn, char *advice, size_t advice_size);
+bool is_listening(int fd);
 int open_socket(module_state *state, bool remove_old);
 void remove_unix_socket(void);
 void end_connections(LocalAddress *local);
 void stop_listening(LocalAddress *local);
 
+/* signals.c */
+void take_signals(bool on_main_thread);
+void give_back_signals(void);
+void take_put_off_action(void);
+bool in_main_thread(void);
+void borrow_wakeup_fd(void);
+void return_wakeup_fd(void);
+void forward_signals(const char *bytes, ssize_t count);
+PyObject *leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored));
+void prepare_parking(sigset_t *mask);
+void park_signal_thread(void);
+bool libmilter_took_signal(void);
+
 /* lifecycle.c: from main() to the end of the process */
-int start_libmilter(module_state *state);
 int open_pipe(module_state *state);
 PyObject *close_gate(PyObject *module, PyObject *Py_UNUSED(ignored));
-PyObject *leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored));
 int hook_interpreter(PyObject *module, module_state *state);
 void warn_of_few_descriptors(void);
-void run_filter(module_state *state);
+int run_filter(module_state *state);
 
 /* constants.c */
 int add_constants(PyObject *module);

@@ -1,0 +1,414 @@
+/* Signals while a filter runs.
+ *
+ * libmilter blocks HUP, INT and TERM in its threads and has one that waits for them in sigwait()
+ * and stops at once, whatever is in progress.  That thread is put to sleep for good as soon as it
+ * is there.  So signals reach the program's own threads as if there were no libmilter: Python's
+ * handler if the application installed one, on_stop_signal() where the default action, or
+ * Python's KeyboardInterrupt, was in place.
+ */
+
+#include "milter.h"
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+
+#define STOP_SIGNALS 3
+static const int stop_signals[STOP_SIGNALS] = {SIGTERM, SIGINT, SIGHUP};
+static struct sigaction previous_actions[STOP_SIGNALS];
+static bool taken_signals[STOP_SIGNALS];
+
+static atomic_bool action_put_off; /* main() is not on the main thread: the action comes later */
+static atomic_bool held_back;      /* the main thread waits in hold_back() */
+
+/* ------------------------------------------------ a signal that stops the filter */
+
+static void
+take_action(int number)
+{
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        if (stop_signals[i] != number) {
+            continue;
+        }
+        if (previous_actions[i].sa_handler == SIG_DFL) {
+            sigaction(number, &previous_actions[i], NULL);
+            raise(number);
+        }
+        else {
+            previous_actions[i].sa_handler(number); /* Python's: it makes a note */
+        }
+    }
+}
+
+/* main() runs on another thread, and the main thread of the program sleeps in a system call
+ * that this signal would end: a program would go on that should die, but not before the filter
+ * has drained.  So sleep on here.  Only without the interpreter lock, which draining needs; and
+ * only while draining shows a sign of life, should this thread hold some other lock. */
+static void
+hold_back(int number)
+{
+    double end = monotonic_now() + filter.drain_seconds + CLOSE_SECONDS + 1;
+    double last_sign = monotonic_now();
+    unsigned long beat = atomic_load(&filter.beat);
+
+    if (atomic_exchange(&held_back, true)) {
+        return;
+    }
+    while (!atomic_load(&filter.drained) && monotonic_now() < end &&
+           monotonic_now() < last_sign + CLOSE_SECONDS) {
+        poll(NULL, 0, 10);
+        if (beat != atomic_load(&filter.beat)) {
+            beat = atomic_load(&filter.beat);
+            last_sign = monotonic_now();
+        }
+    }
+    if (atomic_load(&filter.drained) && atomic_exchange(&filter.signal, 0) != 0) {
+        take_action(number);
+    }
+    atomic_store(&held_back, false);
+}
+
+static bool
+main_thread_sleeps(void)
+{
+#ifdef __linux__
+    return syscall(SYS_gettid) == getpid() && !PyGILState_Check();
+#else
+    return false;
+#endif
+}
+
+static void
+on_stop_signal(int number)
+{
+    int saved = errno;
+    int none = 0;
+
+    atomic_compare_exchange_strong(&filter.signal, &none, number);
+    atomic_store(&filter.stop_wanted, true);
+    wake_main();
+    if (atomic_load(&action_put_off) && main_thread_sleeps()) {
+        hold_back(number);
+    }
+    errno = saved;
+}
+
+/* ------------------------------------------------------------- which signals */
+
+/* May we take this signal?  Yes where nobody else cares: the default action, or Python's own
+ * handler of SIGINT, which raises KeyboardInterrupt. */
+static bool
+is_default_action(int number, const struct sigaction *action)
+{
+    PyObject *module, *handler = NULL, *theirs = NULL;
+    bool is_default;
+
+    if (action->sa_handler == SIG_DFL) {
+        return true;
+    }
+    if (action->sa_handler == SIG_IGN || number != SIGINT) {
+        return false;
+    }
+    module = PyImport_ImportModule("signal");
+    if (module != NULL) {
+        handler = PyObject_CallMethod(module, "getsignal", "i", number);
+        theirs = PyObject_GetAttrString(module, "default_int_handler");
+    }
+    is_default = handler != NULL && handler == theirs;
+    PyErr_Clear();
+    Py_XDECREF(module);
+    Py_XDECREF(handler);
+    Py_XDECREF(theirs);
+    return is_default;
+}
+
+void
+take_signals(bool on_main_thread)
+{
+    /* No signal is blocked while the handler runs: a second one would be for somebody else.
+     * System calls are not restarted after it, as with Python's own handlers. */
+    struct sigaction action = {.sa_handler = on_stop_signal, .sa_flags = SA_NODEFER};
+
+    atomic_store(&action_put_off, !on_main_thread);
+    sigemptyset(&action.sa_mask);
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        struct sigaction *previous = &previous_actions[i];
+        taken_signals[i] = sigaction(stop_signals[i], NULL, previous) == 0 &&
+                           is_default_action(stop_signals[i], previous) &&
+                           sigaction(stop_signals[i], &action, NULL) == 0;
+    }
+}
+
+/* Also runs in a forked child, so only async-signal-safe calls. */
+void
+give_back_signals(void)
+{
+    struct sigaction current;
+
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        if (taken_signals[i] && sigaction(stop_signals[i], NULL, &current) == 0 &&
+            current.sa_handler == on_stop_signal) {
+            sigaction(stop_signals[i], &previous_actions[i], NULL);
+        }
+        taken_signals[i] = false;
+    }
+}
+
+/* Take the action of a signal, which was put off until the filter had drained. */
+void
+take_put_off_action(void)
+{
+    int number;
+
+    if (!atomic_load(&action_put_off) || atomic_load(&held_back)) {
+        return;
+    }
+    number = atomic_exchange(&filter.signal, 0);
+    if (number != 0) {
+        kill(getpid(), number);
+    }
+}
+
+/* ------------------------------------------------------------ Python's signals */
+
+bool
+in_main_thread(void)
+{
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread =
+        threading == NULL ? NULL : PyObject_CallMethod(threading, "main_thread", NULL);
+    PyObject *ident = thread == NULL ? NULL : PyObject_GetAttrString(thread, "ident");
+    bool same = ident != NULL && PyLong_Check(ident) &&
+                PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
+
+    PyErr_Clear();
+    Py_XDECREF(ident);
+    Py_XDECREF(thread);
+    Py_XDECREF(threading);
+    return same;
+}
+
+/* Python's own C handler of signals writes their numbers to this descriptor: a signal whose
+ * handler is in Python wakes main() whichever thread it arrives on.  Returns the one before. */
+static int
+set_wakeup_fd(int fd)
+{
+    PyObject *module = PyImport_ImportModule("signal");
+    PyObject *function = NULL, *args = NULL, *keywords = NULL, *old = NULL;
+    int before = -1;
+
+    if (module != NULL && (function = PyObject_GetAttrString(module, "set_wakeup_fd")) != NULL &&
+        (args = Py_BuildValue("(i)", fd)) != NULL &&
+        (keywords = Py_BuildValue("{sO}", "warn_on_full_buffer", Py_False)) != NULL &&
+        (old = PyObject_Call(function, args, keywords)) != NULL) {
+        before = (int)PyLong_AsLong(old);
+    }
+    PyErr_Clear(); /* the application's descriptor may be closed by now */
+    Py_XDECREF(old);
+    Py_XDECREF(keywords);
+    Py_XDECREF(args);
+    Py_XDECREF(function);
+    Py_XDECREF(module);
+    return before;
+}
+
+void
+borrow_wakeup_fd(void)
+{
+    filter.wakeup_before = set_wakeup_fd(filter.pipe[1]);
+    filter.wakeup_set = true;
+}
+
+void
+return_wakeup_fd(void)
+{
+    if (filter.wakeup_set) {
+        filter.wakeup_set = false;
+        set_wakeup_fd(filter.wakeup_before);
+    }
+}
+
+/* Pass on to the application's descriptor what Python wrote to ours.  The zeros are our own. */
+void
+forward_signals(const char *bytes, ssize_t count)
+{
+    for (ssize_t i = 0; i < count; i++) {
+        if (bytes[i] != 0 && filter.wakeup_set && filter.wakeup_before >= 0) {
+            (void)!write(filter.wakeup_before, &bytes[i], 1);
+        }
+    }
+}
+
+/* Registered with os.register_at_fork: the child's signals are not the parent's business. */
+PyObject *
+leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return_wakeup_fd();
+    Py_RETURN_NONE;
+}
+
+/* ---------------------------------------------------- libmilter's signal thread
+ *
+ * It is found by what makes it different from all others: it came after smfi_main() was called,
+ * and has every signal blocked except those that it waits for (the kernel takes these out of a
+ * thread's mask while it is in sigwait) and one that is reserved to park it.  Where that cannot
+ * be looked up it stays: then it gets a signal that no other thread would take, which is one
+ * that the program blocks everywhere.
+ */
+
+#ifdef __linux__
+
+#define MAX_TASKS 512
+#define PARKING_ATTEMPTS 1000 /* of a millisecond each */
+
+static int park_signal;
+static atomic_bool parked;
+static long known_tasks[MAX_TASKS];
+static int known_count;
+
+static void
+park(int Py_UNUSED(number))
+{
+    atomic_store(&parked, true);
+    for (;;) {
+        pause(); /* the handler's mask blocks everything */
+    }
+}
+
+/* Call `visit` for every thread of this process until it returns true. */
+static bool
+each_task(bool (*visit)(long task))
+{
+    DIR *directory = opendir("/proc/self/task");
+    struct dirent *entry;
+    bool found = false;
+
+    while (directory != NULL && !found && (entry = readdir(directory)) != NULL) {
+        if (entry->d_name[0] != '.') {
+            found = visit(atol(entry->d_name));
+        }
+    }
+    if (directory != NULL) {
+        closedir(directory);
+    }
+    return found;
+}
+
+static bool
+note_task(long task)
+{
+    known_tasks[known_count++] = task;
+    return known_count == MAX_TASKS;
+}
+
+/* The signals that a thread blocks, bit n - 1 for signal n. */
+static unsigned long long
+blocked_by(long task)
+{
+    char path[64], line[256];
+    unsigned long long blocked = 0;
+    FILE *status;
+
+    snprintf(path, sizeof path, "/proc/self/task/%ld/status", task);
+    status = fopen(path, "re");
+    while (status != NULL && fgets(line, sizeof line, status) != NULL) {
+        if (sscanf(line, "SigBlk: %llx", &blocked) == 1) {
+            break;
+        }
+    }
+    if (status != NULL) {
+        fclose(status);
+    }
+    return blocked;
+}
+
+static bool
+park_if_signal_thread(long task)
+{
+    unsigned long long blocked, waited_for = 0, others = 0;
+
+    for (int i = 0; i < known_count; i++) {
+        if (known_tasks[i] == task) {
+            return false;
+        }
+    }
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        waited_for |= 1ULL << (stop_signals[i] - 1);
+    }
+    others = 1ULL << (SIGUSR1 - 1) | 1ULL << (SIGUSR2 - 1) | 1ULL << (SIGALRM - 1) |
+             1ULL << (SIGCHLD - 1) | 1ULL << (SIGQUIT - 1);
+    blocked = blocked_by(task);
+    return (blocked & others) == others && (blocked & waited_for) == 0 &&
+           syscall(SYS_tgkill, getpid(), task, park_signal) == 0;
+}
+
+/* Before libmilter's threads start: choose the signal, and open it in their mask. */
+void
+prepare_parking(sigset_t *mask)
+{
+    struct sigaction current, action = {.sa_handler = park};
+
+    known_count = 0;
+    each_task(note_task);
+    if (known_count == MAX_TASKS) {
+        return; /* the program has more threads than we can tell from libmilter's */
+    }
+    sigfillset(&action.sa_mask);
+    for (int number = SIGRTMAX; number >= SIGRTMIN && park_signal == 0; number--) {
+        if (sigaction(number, NULL, &current) == 0 && current.sa_handler == SIG_DFL &&
+            sigaction(number, &action, NULL) == 0) {
+            park_signal = number;
+            sigdelset(mask, number);
+        }
+    }
+}
+
+void
+park_signal_thread(void)
+{
+    struct sigaction none = {.sa_handler = SIG_DFL};
+    bool sent = false;
+
+    if (park_signal == 0) {
+        return;
+    }
+    for (int i = 0; i < PARKING_ATTEMPTS && !atomic_load(&filter.listener_ended); i++) {
+        sent = sent || each_task(park_if_signal_thread);
+        if (atomic_load(&parked)) {
+            break;
+        }
+        usleep(1000);
+    }
+    if (!sent || atomic_load(&parked)) {
+        sigaction(park_signal, &none, NULL); /* else the signal may still arrive */
+    }
+}
+
+/* A signal may come between the start of the thread and its parking, and be taken by it: then
+ * libmilter ends by itself and closes its socket.  There were no messages yet, so that is the
+ * clean stop that was asked for. */
+bool
+libmilter_took_signal(void)
+{
+    return park_signal != 0 && !atomic_load(&parked) && !is_listening(filter.listener);
+}
+
+#else
+
+bool
+libmilter_took_signal(void)
+{
+    return false;
+}
+
+void
+prepare_parking(sigset_t *Py_UNUSED(mask))
+{
+}
+
+void
+park_signal_thread(void)
+{
+}
+
+#endif
