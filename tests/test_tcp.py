@@ -1,0 +1,106 @@
+"""TCP: as fast as a unix socket, on every kind of address."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from Milter.mta import MTA, AddHeader
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lifecycle_support import MESSAGE, RECIPIENTS, end
+
+MESSAGES = 200
+DELAYED_ACK = 0.03  # seconds: below the 40 ms that an unsent acknowledgement costs
+
+
+def times(mta, count=MESSAGES):
+    """How long each of so many messages takes, one after another, in seconds."""
+    taken = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        result = mta.send(MESSAGE, recipients=RECIPIENTS)
+        taken.append(time.perf_counter() - begin)
+        assert result.modifications == (AddHeader(b"X-Stamp", b"yes"),)
+    return taken
+
+
+def test_a_message_takes_as_long_over_tcp_as_over_a_unix_socket(
+    run_filter, free_port, record_property
+):
+    by_unix = run_filter("l_stamp")
+    by_tcp = run_filter("l_stamp", socket=f"inet:{free_port()}@127.0.0.1")
+    ratios = []
+    with by_unix.mta() as unix, by_tcp.mta() as tcp:
+        times(unix, 10)
+        times(tcp, 10)
+        for _ in range(3):  # another process may have had the machine meanwhile
+            medians = [statistics.median(times(mta)) for mta in (unix, tcp)]
+            record_property("milliseconds over unix, TCP", [m * 1000 for m in medians])
+            ratios.append(medians[1] / medians[0])
+            if ratios[-1] < 2:
+                break
+    assert min(ratios) < 2, ratios
+
+
+@pytest.mark.parametrize(
+    ("listen", "connect"),
+    [
+        ("inet:{port}@127.0.0.1", "inet:{port}@127.0.0.1"),
+        ("inet:{port}@localhost", "inet:{port}@127.0.0.1"),
+        ("inet:{port}", "inet:{port}@127.0.0.1"),
+        ("inet6:{port}@[::1]", "inet6:{port}@[::1]"),
+        ("inet6:{port}", "inet6:{port}@[::1]"),
+    ],
+)
+def test_no_kind_of_address_waits_for_acknowledgements(run_filter, free_port, listen, connect):
+    port = free_port()
+    filter_ = run_filter("l_stamp", socket=listen.format(port=port))
+    with MTA.connect(connect.format(port=port), wait_for=20, timeout=20) as mta:
+        assert statistics.median(times(mta, 15)) < DELAYED_ACK
+    with MTA.connect(connect.format(port=port), timeout=20) as mta:
+        mta.greet()
+        assert end(filter_) < 0.5
+        mta.expect_close()
+        mta.close()
+    assert filter_.wait() == 0
+
+
+def test_an_inherited_socket_does_not_wait_for_acknowledgements(run_filter, free_port):
+    filter_ = run_filter("l_inherit", "inet", socket=f"inet:{free_port()}@127.0.0.1")
+    with filter_.mta() as mta:
+        assert statistics.median(times(mta, 15)) < DELAYED_ACK
+
+
+def test_many_changes_of_one_message_go_out_at_once(run_filter, free_port):
+    filter_ = run_filter("l_filter", socket=f"inet:{free_port()}@127.0.0.1")
+    taken = []
+    with filter_.mta() as mta:
+        for _ in range(15):
+            begin = time.perf_counter()
+            assert len(mta.send(MESSAGE, recipients=RECIPIENTS).modifications) == 4
+            taken.append(time.perf_counter() - begin)
+    assert statistics.median(taken) < DELAYED_ACK
+
+
+def test_a_connection_that_is_reset_harms_only_itself(run_filter, free_port):
+    port = free_port()
+    filter_ = run_filter("l_filter", socket=f"inet:{port}@127.0.0.1")
+    with filter_.mta() as survivor:
+        survivor.greet()
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
+        other = MTA(sock, timeout=20)
+        other.greet()
+        other.mail("<s@example.com>")
+        other.close()
+        filter_.wait_for("in close")
+        assert survivor.send(MESSAGE, recipients=RECIPIENTS).message["X-Stamp"] == "before"
+    assert filter_.stop() == 0
+    assert "Traceback" not in filter_.output
