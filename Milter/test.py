@@ -44,10 +44,9 @@ class _HeldCtx(TestCtx):
 
     def _perform(self, call: str, stage: str | None = "eom") -> None:
         # Tests of this kind call the filter's methods directly too, outside of any callback.
-        if stage is None and self._running is None:
-            self._open()
-        else:
-            super()._perform(call, stage)
+        if stage is None and self._running is None and not self._closed:
+            return
+        super()._perform(call, stage)
 
 
 def _record(name: str) -> property:

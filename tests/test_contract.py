@@ -208,7 +208,8 @@ def test_lists_must_be_offered(play):
 # What.
 
 BAD_TEXT = ["a\0b", b"a\0b", "\ud800"]
-BAD_LINE = [*BAD_TEXT, "a\nb", "a\r", b"\n", "a\r\n b"]
+# The last two show where an error begins to cut a value short.
+BAD_LINE = [*BAD_TEXT, "a\nb", "a\r", b"\n", "a\r\n b", "x" * 76 + "\n", "x" * 77 + "\n"]
 BAD_NAME = [*BAD_TEXT, "", "X:", "a b", "a\tb", "a\n", b"a\r", "a\x7f", ":", b"\x01", 1, None]
 BAD_VALUE = [*BAD_TEXT, "a\nb", "a\r b", "a\n\n", "a\r\nB: c", b"a\n\r\n b", "a\r", "\r\r\n", 3]
 GOOD_VALUE = [

@@ -1394,6 +1394,9 @@ def test_methods_of_a_mixed_filter_can_be_called_directly(mixed):
     assert filter_object.getsymval(name="i") == "X"
     filter_object.setreply("550", "5.7.1", "no")
     assert filter_object._reply == ("550", "5.7.1", "no")
+    filter_object._standin._close()
+    with pytest.raises(milter.error, match="bad context"):
+        filter_object._standin.getsymval("i")
 
 
 def test_the_mixin_feeds_files_of_the_test_directory(mixed, tmp_path):
