@@ -17,7 +17,7 @@ from driven import run, wait_until
 
 from Milter.mta import MTA
 
-LONG = "x" * 40_000
+LONG = "x" * 30_000
 ROUNDS = 120
 logging.getLogger("milter").addHandler(logging.NullHandler())
 logging.getLogger("milter").propagate = False
@@ -48,7 +48,7 @@ def eom(ctx: Any) -> int:
     ctx.chgfrom(LONG, LONG)
     ctx.addrcpt(LONG, LONG)
     ctx.replacebody(LONG)
-    ctx.replacebody(bytearray(40_000))
+    ctx.replacebody(bytearray(30_000))
     ctx.quarantine(LONG)
     ctx.setreply("550", "5.7.1", *["y" * 900] * 20)
     for refused in (
