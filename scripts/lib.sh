@@ -68,6 +68,32 @@ has_libmilter() {
         echo '#include <libmilter/mfapi.h>' | cc -E -x c -o /dev/null - 2>/dev/null
 }
 
+# ensure_mtas: Postfix, and sendmail unpacked into .venvs/sendmail: installed, each would remove
+# the other.
+ensure_mtas() {
+    local binary=$root/.venvs/sendmail/usr/libexec/sendmail/sendmail
+    [ -x /usr/lib/postfix/sbin/master ] || missing+=(postfix)
+    ensure_command openssl openssl
+    ensure_command m4 m4
+    command -v ldd >/dev/null && [ -x "$binary" ] && ! ldd "$binary" | grep -q 'not found' ||
+        missing+=(libdb5.3 libldap-2.5-0 liblockfile1 libnsl2 libsasl2-2 libsasl2-modules libssl3 libwrap0)
+    install_missing
+    [ -x "$binary" ] && return
+    say "Unpacking sendmail into .venvs/sendmail"
+    local work
+    work=$(mktemp -d)
+    chmod 755 "$work"
+    (
+        cd "$work"
+        apt-get -qq download sendmail-bin sendmail-cf sasl2-bin 2>apt.log || { cat apt.log >&2; exit 1; }
+        for package in *.deb; do dpkg-deb -x "$package" tree; done
+    ) || die "apt-get could not download sendmail-bin, sendmail-cf and sasl2-bin"
+    mkdir -p "$root/.venvs"
+    rm -rf "$root/.venvs/sendmail"
+    mv "$work/tree" "$root/.venvs/sendmail"
+    rm -rf "$work"
+}
+
 # --- the interpreter and its virtual environment -----------------------------------------------
 
 # find_python NAME: the interpreter's own path, or nothing where NAME does not run.

@@ -1,0 +1,116 @@
+"""The filter's side of the cases: a process that behaves as the current case says.
+
+    case_filter.py SOCKET
+
+It reads lines ``RUN CASE`` on standard input and from then on gives new connections the
+behaviour of that case; it writes one JSON line for each thing that happens.  It runs on whatever
+pymilter its interpreter has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import Milter
+from integration.case import Filter
+from integration.cases import by_name
+
+STAGES = (
+    "connect",
+    "hello",
+    "envfrom",
+    "envrcpt",
+    "data",
+    "header",
+    "eoh",
+    "body",
+    "unknown",
+    "eom",
+    "abort",
+    "close",
+)
+LONG = 2000  # bytes of a body that are worth repeating
+
+_lock = threading.Lock()
+_connections = 0
+
+
+def say(*values: Any) -> None:
+    line = json.dumps(values) + "\n"
+    with _lock:
+        os.write(1, line.encode("ascii"))
+
+
+def plain(value: Any) -> Any:
+    """A callback's argument as JSON can carry it; bytes become Latin-1 text."""
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode("latin-1") if len(value) <= LONG else f"{len(value)} bytes"
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def callback(stage: str, spec: Filter) -> Any:
+    action = spec.on.get(stage)
+    macros = spec.macros.get(stage)
+
+    def method(self: Any, *args: Any) -> Any:
+        self.args = args
+        note = [plain(arg) for arg in args]
+        if macros:
+            note.append({name: self.getsymval(name) for name in macros})
+        self.say(stage, *note)
+        verdict = action(self) if action else None
+        return Milter.CONTINUE if verdict is None or isinstance(verdict, tuple) else verdict
+
+    method.__name__ = method.__qualname__ = stage
+    if stage in spec.symlist:
+        method = Milter.symlist(*spec.symlist[stage])(method)
+    if stage in spec.off:
+        method = Milter.nocallback(method)
+    if stage in spec.noreply:
+        method = Milter.noreply(method)
+    return method
+
+
+def make_class(run: str, spec: Filter) -> Any:
+    def say_of(self: Any, *values: Any) -> None:
+        say(run, self.number, *values)
+
+    def init(self: Any) -> None:
+        global _connections
+        with _lock:
+            _connections += 1
+            self.number = _connections
+
+    names: dict[str, Any] = {stage: callback(stage, spec) for stage in STAGES}
+    names.update(__init__=init, say=say_of)
+    made = type("CaseFilter", (Milter.Base,), names)
+    for name in spec.decorate:
+        made = getattr(Milter, name)(made)
+    return made
+
+
+def follow_orders() -> None:
+    for line in sys.stdin:
+        run, _, name = line.rstrip("\n").partition(" ")
+        Milter.factory = make_class(run, by_name(name).filter)
+        say(run, 0, "ready")
+
+
+def main() -> None:
+    Milter.factory = make_class("-", Filter())
+    Milter.set_flags(Milter.CURR_ACTS)
+    threading.Thread(target=follow_orders, daemon=True).start()
+    Milter.runmilter("casefilter", sys.argv[1], 300)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Where cases are run: the MTAs with their filters, and what comes out of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import smtplib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from integration import mock, postfix, sendmail
+from integration.case import Case, Outcome, Submission
+from integration.client import Dialogue
+from integration.processes import WAIT, CaseFilter, free_port, has_ipv6, wait_until
+from integration.sink import Sink, as_mail
+
+
+def missing(mta: str) -> str:
+    """Why *mta* cannot run here, or an empty text."""
+    return {"postfix": postfix.missing, "sendmail": sendmail.missing}.get(mta, lambda: "")()
+
+
+class Bench:
+    """One MTA with its filters, in a directory of its own.
+
+    :param python: the interpreter that runs the filters, with its pymilter.
+    """
+
+    def __init__(self, mta: str, python: str = sys.executable) -> None:
+        self.mta = mta
+        # Not below pytest's directories: the MTAs' users must reach it.
+        self.base = Path(tempfile.mkdtemp(prefix=f"pymilter-{mta}-"))
+        self.base.chmod(0o755)
+        self._sockets = {"unix": f"unix:{self.base}/filter.sock", "inet": _inet("127.0.0.1")}
+        if has_ipv6():
+            self._sockets["inet6"] = _inet("::1")
+        self._python = python
+        self._filters: dict[str, CaseFilter] = {}
+        self._sink = Sink()
+        if mta == "mock":
+            self.server: Any = mock.Mock(self._sockets)
+        else:
+            _make_credentials(self.base)
+            kind = postfix.Postfix if mta == "postfix" else sendmail.Sendmail
+            self.server = kind(self.base, self._sockets, self._sink.port)
+            for address in self.server.addresses.values():
+                wait_until(f"{mta} listens", lambda at=address: self._listens(at))
+
+    def _listens(self, address: tuple[str, int]) -> bool:
+        if self.server.process.poll() is not None:
+            raise RuntimeError(f"{self.mta} has ended:\n{self.server.log[-4000:]}")
+        # The whole of a session, so that nothing of it reaches the filter of a case.
+        try:
+            with smtplib.SMTP(*address, timeout=WAIT):
+                return True
+        except smtplib.SMTPConnectError:
+            return True  # it answers; the filter is not there yet
+        except OSError:
+            return False
+
+    def filter(self, port: str = "unix") -> CaseFilter:
+        """The filter behind a listener, started when it is first needed."""
+        kind = port if port in self._sockets else "unix"
+        if kind not in self._filters:
+            self._filters[kind] = CaseFilter(self._sockets[kind], self._python)
+            wait_until("the filter listens", self._filters[kind].listens)
+        return self._filters[kind]
+
+    def run(self, case: Case) -> Outcome:
+        """Run *case* and gather what came out."""
+        wanted = case.on(self.mta)
+        behaviour = self.filter(case.port)
+        run = behaviour.select(case.name)
+        self._taken()
+        outcome = Outcome()
+        if isinstance(wanted.dialogue, Submission):
+            outcome.replies = [("status", str(self.server.submit(wanted.dialogue)))]
+        elif self.mta == "mock":
+            outcome.replies = self.server.run(wanted.dialogue, case.port)
+        else:
+            outcome.replies = Dialogue(self.server.addresses[case.port]).run(wanted.dialogue)
+        self.server.settle()
+        try:
+            outcome.seen = behaviour.finish(run, wanted.connections)
+        except TimeoutError as exc:
+            raise TimeoutError(f"{exc}\n{outcome.replies}\n{self.server.log[-4000:]}") from None
+        outcome.delivered = [as_mail(*one, case.received) for one in self._taken()]
+        outcome.held = self.server.held()
+        return outcome
+
+    def _taken(self) -> list[Any]:
+        return self.server.take() if self.mta == "mock" else self._sink.take()
+
+    def close(self) -> None:
+        for one in self._filters.values():
+            one.stop()
+        self.server.stop()
+        self._sink.close()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+
+class Laboratory:
+    """The benches, each made when it is first needed."""
+
+    def __init__(self, python: str = sys.executable) -> None:
+        self._python = python
+        self._benches: dict[str, Bench] = {}
+
+    def bench(self, mta: str) -> Bench:
+        if mta not in self._benches:
+            self._benches[mta] = Bench(mta, self._python)
+        return self._benches[mta]
+
+    def close(self) -> None:
+        for bench in self._benches.values():
+            bench.close()
+
+
+def _inet(host: str) -> str:
+    kind, shown = ("inet6", f"[{host}]") if ":" in host else ("inet", host)
+    return f"{kind}:{free_port(host)}@{shown}"
+
+
+def _make_credentials(base: Path) -> None:
+    """A certificate of one day, and a password for AUTH where the tool for it is there."""
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+            "-nodes", "-days", "1", "-subj", "/CN=mx.test.invalid",
+            "-keyout", str(base / "key.pem"), "-out", str(base / "cert.pem"),
+        ],
+        check=True, capture_output=True, timeout=WAIT,
+    )  # fmt: skip
+    (base / "key.pem").chmod(0o600)

@@ -1,0 +1,325 @@
+"""The mock: an SMTP session that is acted out, with ``Milter.mta`` as its milter side.
+
+It has the manners of Postfix, as the mock has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from integration.case import SKIPPED, Held, Mail, Step, Submission, Transaction
+from integration.sink import Envelope, as_mail
+
+from Milter.mta import (
+    MTA,
+    Address,
+    Dialect,
+    Header,
+    Message,
+    Reply,
+    Result,
+    Stage,
+    Step as MilterStep,
+    Verdict,
+    _apply,
+    _HeaderEditor,
+)
+
+OWN = Header(b"Received", b"from client.example by mx.test.invalid")
+REJECTED = "550 5.7.1 Command rejected"
+TEMPFAILED = "451 4.7.1 Service unavailable - try again later"
+CONNECT_MACROS = {
+    "j": "mx.test.invalid",
+    "{daemon_name}": "mx.test.invalid",
+    "{daemon_addr}": "127.0.0.1",
+    "{daemon_port}": "25",
+    "v": "Mock 1.0",
+    "_": "localhost [127.0.0.1]",
+}
+TLS_MACROS = {"{tls_version}": "TLSv1.3", "{cipher}": "MOCK", "{cipher_bits}": "256"}
+AUTH_MACROS = {"{auth_type}": "PLAIN", "{auth_authen}": "tester"}
+
+
+class Mock:
+    name = "mock"
+
+    def __init__(self, sockets: Mapping[str, str]) -> None:
+        self._sockets = sockets
+        self._kept: list[tuple[Envelope, bytes]] = []
+        self._held: list[Held] = []
+
+    log = ""
+
+    def run(self, steps: Sequence[Step], port: str) -> list[tuple[str, str]]:
+        return _Session(self, self._sockets.get(port, self._sockets["unix"]), port).run(steps)
+
+    def submit(self, submission: Submission) -> int:
+        message = Message.parse(submission.content)
+        with MTA.connect(self._sockets["unix"]) as mta:
+            session = _Session(self, "", "local")
+            session.mta = mta
+            mta.connect_info("localhost", "127.0.0.1", macros=CONNECT_MACROS)
+            mta.helo("localhost")
+            whom = [address.strip() for address in (message.get("To") or "").split(",")]
+            session.mail("<root@mx.test.invalid>")
+            for one in whom:
+                session.rcpt(f"<{one[one.find('<') + 1:].rstrip('>')}>")
+            mta.data()
+            session.content(submission.content)
+        return 0
+
+    def settle(self) -> None:
+        pass
+
+    def take(self) -> list[tuple[Envelope, bytes]]:
+        kept, self._kept = self._kept, []
+        return kept
+
+    def held(self) -> list[Held]:
+        held, self._held = self._held, []
+        return held
+
+    def stop(self) -> None:
+        pass
+
+
+class _Session:
+    def __init__(self, mock: Mock, socket: str, port: str) -> None:
+        self._mock = mock
+        self._socket = socket
+        self._client = "::1" if port == "ipv6" else "127.0.0.1"
+        self.mta: MTA = None  # type: ignore[assignment]
+        self._replies: list[tuple[str, str]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._walk = Transaction()
+        self._blocked = ""
+        self._silent = False  # the filter has accepted the connection
+        self._secure = self._authenticated = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """No message is under way."""
+        self._sender: Address | None = None
+        self._recipients: list[Address] = []
+        self._over: Reply | None = None
+        self._content_verdict: Reply | None = None
+
+    # the client's steps
+
+    def run(self, steps: Sequence[Step]) -> list[tuple[str, str]]:
+        try:
+            for step in steps:
+                self._do(step)
+            self._quit()
+        finally:
+            if self.mta is not None:
+                self.mta.close()
+        return self._replies
+
+    def _do(self, step: Step) -> None:
+        if step.do == "pipeline":
+            for one in step.steps:
+                self._note(one, self._answer(one))
+        elif step.do in ("drop", "reconnect"):
+            self._quit()
+        elif not self._walk.wants(step):
+            self._replies.append((step.label, SKIPPED))
+        else:
+            self._note(step, self._answer(step))
+
+    def _note(self, step: Step, reply: str) -> None:
+        self._replies.append((step.label, reply))
+        self._walk.answered(step, reply[:1] in ("2", "3"))
+
+    def _quit(self) -> None:
+        if self.mta is not None and self.mta._wire.is_open:
+            self._abort()
+            self.mta.quit()
+
+    def _abort(self) -> None:
+        if self._sender is not None and not self._silent:
+            self.mta.abort()
+        self._forget()
+
+    def _answer(self, step: Step) -> str:
+        text = step.text.decode("utf-8", "surrogateescape")
+        verb = text[:4].upper()
+        if step.do == "banner":
+            return self._banner()
+        if step.do == "content":
+            return self.content(step.text)
+        if step.do == "starttls":
+            self._abort()
+            self._secure = True
+            return "220 2.0.0 Ready to start TLS"
+        if step.do == "auth":
+            self._authenticated = True
+            return "235 2.7.0 Authentication successful"
+        if verb in ("EHLO", "HELO"):
+            return self._hello(text[5:])
+        if self._blocked:
+            return self._blocked
+        if verb == "RSET":
+            self._abort()
+            return "250 2.0.0 Ok"
+        if verb == "NOOP":
+            return "250 2.0.0 Ok"
+        if verb == "MAIL":
+            return self.mail(*text.partition(":")[2].split())
+        if verb == "RCPT":
+            return self.rcpt(*text.partition(":")[2].split())
+        if verb == "DATA":
+            return self._data()
+        return self._unknown(text)
+
+    def _banner(self) -> str:
+        self._begin()
+        self.mta = MTA.connect(self._socket, dialect=Dialect.POSTFIX, timeout=60)
+        reply = self.mta.connect_info("localhost", self._client, 2525, macros=CONNECT_MACROS)
+        self._blocked = self._session_verdict(reply)
+        return "220 mx.test.invalid ESMTP Mock"
+
+    def _session_verdict(self, reply: Reply) -> str:
+        """The reply to everything that follows, where the verdict is for the session."""
+        if reply.verdict is Verdict.ACCEPT:
+            self._silent = True
+        return _refusal(reply)
+
+    def _hello(self, name: str) -> str:
+        self._abort()
+        if self._blocked:
+            return self._blocked
+        if not self._silent:
+            macros = TLS_MACROS if self._secure else None
+            refusal = self._session_verdict(self.mta.helo(name, macros=macros))
+            if refusal:
+                self._blocked = refusal
+                return refusal
+        return "250 mx.test.invalid"
+
+    def _unknown(self, text: str) -> str:
+        if not self._silent:
+            reply = self.mta.unknown(text)
+            if reply.smtp is not None:
+                return str(reply.smtp)
+        return "502 5.5.2 Error: command not recognized"
+
+    def _ask(self, reply: Reply) -> str:
+        """The refusal that *reply* makes; notes a verdict that ends the message's way here."""
+        if reply.verdict in (Verdict.ACCEPT, Verdict.DISCARD):
+            self._over = reply
+        return _refusal(reply)
+
+    def mail(self, sender: str, *params: str) -> str:
+        self._forget()
+        if not self._silent:
+            address = sender.strip("<>")
+            macros = {
+                "{mail_addr}": address,
+                "{mail_host}": "[127.0.0.1]:25",
+                "{mail_mailer}": "smtp",
+                **(AUTH_MACROS if self._authenticated else {}),
+            }
+            refusal = self._ask(self.mta.mail(sender, *params, macros=macros))
+            if refusal:
+                self.mta.abort()
+                return refusal
+        self._sender = Address.make([sender, *params])
+        return "250 2.1.0 Ok"
+
+    def rcpt(self, recipient: str, *params: str) -> str:
+        unknown = "550 5.1.1 User unknown" if recipient.startswith("<unknown@") else None
+        if not self._silent and self._over is None:
+            macros = {
+                "{rcpt_addr}": recipient.strip("<>"),
+                "{rcpt_host}": "[127.0.0.1]:25",
+                "{rcpt_mailer}": "smtp",
+                "i": "MOCK1",
+            }
+            refusal = self._ask(
+                self.mta.rcpt(
+                    recipient, *params, rejected=unknown, macros=None if unknown else macros
+                )
+            )
+            if refusal and not unknown:
+                return refusal
+        if unknown:
+            return unknown
+        self._recipients.append(Address.make([recipient, *params]))
+        return "250 2.1.5 Ok"
+
+    def _data(self) -> str:
+        if not self._recipients:
+            return "554 5.5.1 Error: no valid recipients"
+        if not self._silent and self._over is None:
+            refusal = self._ask(self.mta.data(macros={"i": "MOCK1"}))
+            if refusal:
+                return refusal
+        return "354 End data with <CR><LF>.<CR><LF>"
+
+    def content(self, content: bytes) -> str:
+        message = Message.parse(content)
+        message.body = message.body if message.body.endswith(b"\r\n") else message.body + b"\r\n"
+        if self._silent or self._over is not None:
+            decided = self._over or Reply(Stage.CONNECT, Verdict.ACCEPT)
+        else:
+            decided = self._content(message)
+        if decided.verdict.goes_on or decided.verdict is Verdict.ACCEPT:
+            self._deliver(message, decided)
+        elif decided.stage is not Stage.EOM:
+            self._abort_after(decided)
+        self._forget()
+        return _refusal(decided) or "250 2.0.0 Ok: queued as MOCK1"
+
+    def _abort_after(self, decided: Reply) -> None:
+        if decided.verdict is Verdict.DISCARD or decided.stage is not Stage.EOM:
+            self.mta.abort()
+
+    def _content(self, message: Message) -> Reply:
+        mta = self.mta
+        leading = bool(mta.negotiated.steps & MilterStep.HDR_LEADSPC)
+        for header in message.headers:
+            reply = mta.header(header.name, header.wire_value(leading))
+            if not reply.verdict.goes_on:
+                return reply
+        for step in (mta.eoh, lambda: mta.body(message.body)):
+            reply = step()
+            if not reply.verdict.goes_on:
+                return reply
+        return mta.eom(macros={"i": "MOCK1"})
+
+    def _deliver(self, message: Message, decided: Reply) -> None:
+        assert self._sender is not None
+        leading = bool(self.mta.negotiated.steps & MilterStep.HDR_LEADSPC)
+        editor = _HeaderEditor(message.headers, OWN, Dialect.POSTFIX, leading)
+        result = Result(
+            decided.verdict, decided.stage, decided.smtp, self._sender,
+            list(self._recipients), [], Message([], message.body),
+        )  # fmt: skip
+        for modification in decided.modifications:
+            _apply(modification, result, editor)
+        if result.quarantine is not None:
+            self._mock._held.append(Held(result.sender.address, result.quarantine))
+        elif result.recipients:
+            envelope = Envelope(
+                _dsn(result.sender), [_dsn(recipient) for recipient in result.recipients]
+            )
+            shown = Message(editor.headers, result.message.body)
+            self._mock._kept.append((envelope, shown.as_bytes()))
+
+
+def _dsn(address: Address) -> str:
+    """An address with the parameters that go to the next hop."""
+    kept = [p for p in address.params if p.partition("=")[0] in ("NOTIFY", "ORCPT", "RET", "ENVID")]
+    kept = [p for p in kept if p != f"ORCPT=rfc822;{address.address}"]
+    return " ".join((f"<{address.address}>", *kept))
+
+
+def _refusal(reply: Reply) -> str:
+    if reply.smtp is not None:
+        return str(reply.smtp).replace("\n" + str(reply.smtp.code), "\n")
+    if reply.verdict is Verdict.REJECT:
+        return REJECTED
+    return TEMPFAILED if reply.verdict is Verdict.TEMPFAIL else ""

@@ -1,0 +1,24 @@
+"""Every case on every MTA."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from integration import laboratory
+from integration.case import MTAS, Case, problems
+from integration.cases import CASES
+
+
+@pytest.mark.parametrize("mta", MTAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: Case, mta: str, lab: laboratory.Laboratory) -> None:
+    """What the client, the filter and the next hop see is what the case says."""
+    if reason := laboratory.missing(mta):
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    bench = lab.bench(mta)
+    found = problems(case.on(mta), bench.run(case))
+    assert not found, "\n".join(found + bench.filter(case.port).log[-30:])
