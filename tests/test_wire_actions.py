@@ -487,3 +487,44 @@ def test_a_macro_of_a_message_is_gone_with_it(scripted: Any) -> None:
         each.mta.abort()
         each.mta.mail("<a@b>", macros={"i": ""})
     assert each.said() == [("first",), ("",)]
+
+
+@pytest.mark.parametrize("index", [2**31, 2**32, 2**32 + 1, 2**70, -(2**70), -(2**32) + 1])
+def test_an_index_out_of_range(run_filter, index):
+    with session(
+        run_filter("w_scripted"), eom=f"attempt(lambda: ctx.chgheader('X', {index}, 'v'))"
+    ) as each:
+        assert each.message().modifications == ()
+    ((outcome, kinds, _),) = each.said()
+    assert outcome == "raised"
+    assert "OverflowError" in kinds or {"error", "ValueError"} < set(kinds)
+
+
+def test_a_surrogate_that_stands_for_no_byte_in_a_body(run_filter):
+    with session(
+        run_filter("w_scripted"), eom="attempt(lambda: ctx.replacebody('\\ud800'))"
+    ) as each:
+        each.message()
+    ((outcome, kinds, _),) = each.said()
+    assert {"error", "ValueError"} < set(kinds)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "addheader('X', 'b' * 70000)",
+        "addheader('X', 'b' * 70000, 0)",
+        "chgheader('X', 1, 'b' * 70000)",
+        "addrcpt('b' * 70000)",
+        "delrcpt('b' * 70000)",
+        "chgfrom('b' * 70000)",
+        "quarantine('b' * 70000)",
+    ],
+)
+def test_what_is_too_large_for_a_packet_says_so(run_filter, call):
+    with session(run_filter("w_scripted"), eom=f"attempt(lambda: ctx.{call})") as each:
+        assert each.message().modifications == ()
+    ((outcome, kinds, text),) = each.said()
+    assert outcome == "raised"
+    assert {"error", "ValueError"} < set(kinds)
+    assert "65535" in text or "too l" in text or "longer" in text, text
