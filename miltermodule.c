@@ -37,7 +37,9 @@ const StageInfo stages[STAGES] = {
 Filter filter = {
     .listener = -1,
     .pipe = {-1, -1},
+    .startup = PTHREAD_MUTEX_INITIALIZER,
     .drain_seconds = DRAIN_SECONDS,
+    .max_data = MILTER_MAX_DATA_SIZE,
 };
 
 /* ----------------------------------------------------- bridge: the threads */
@@ -110,6 +112,8 @@ prepare_threads(void)
 static bool
 adopt_thread(void)
 {
+    pthread_mutex_lock(&filter.startup);
+    pthread_mutex_unlock(&filter.startup);
     thread_state = PyThreadState_New(filter.interpreter);
     if (thread_state == NULL) {
         return false;
@@ -580,6 +584,19 @@ add_argument(Call *call, PyObject *argument)
     }
 }
 
+/* The callback forked and this is the child: libmilter's threads, and the right to answer the
+ * MTA, are the parent's.  End as a script does when it runs out. */
+static void
+end_forked_child(PyObject *result)
+{
+    if (atomic_load(&filter.forked)) {
+        if (result == NULL) {
+            PyErr_Print(); /* exits by itself for SystemExit */
+        }
+        Py_Exit(result == NULL);
+    }
+}
+
 static PyObject *
 call_back(Call *call)
 {
@@ -597,6 +614,7 @@ call_back(Call *call)
     }
     call->count = 0;
     Py_CLEAR(call->callback);
+    end_forked_child(result);
     return result;
 }
 
@@ -1309,6 +1327,7 @@ milter_setmaxdatasize(PyObject *module, PyObject *value)
     if (size < 0) {
         return NULL;
     }
+    filter.max_data = (size_t)size;
     return PyLong_FromSize_t(smfi_setmaxdatasize((size_t)size));
 }
 
@@ -1471,7 +1490,7 @@ static PyMethodDef milter_functions[] = {
     FUNCTION(settimeout, METH_O),
     FUNCTION(stop, METH_NOARGS),
     {"_close_gate", close_gate, METH_NOARGS, NULL},
-    {"_leave_wakeup_fd", leave_wakeup_fd, METH_NOARGS, NULL},
+    {"_after_fork_in_child", after_fork_in_child, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

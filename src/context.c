@@ -304,6 +304,29 @@ string_of(PyObject *bytes)
     return bytes == NULL ? NULL : PyBytes_AS_STRING(bytes);
 }
 
+/* libmilter refuses a packet that is larger than the limit, and does not say why. */
+static bool
+fits_packet(ContextObject *self, const Action *action, PyObject *first, PyObject *second)
+{
+    size_t limit = filter.max_data;
+    size_t size = (size_t)PyBytes_GET_SIZE(first) + 1;
+
+    size += second == NULL ? 0 : (size_t)PyBytes_GET_SIZE(second) + 1;
+    size += sizeof(uint32_t); /* the index that some carry */
+#ifdef SMFIP_MDS_1M
+    limit = self->protocol & SMFIP_MDS_1M     ? Py_MAX(limit, 1024 * 1024 - 1)
+            : self->protocol & SMFIP_MDS_256K ? Py_MAX(limit, 256 * 1024 - 1)
+                                              : limit;
+#endif
+    if (size <= limit) {
+        return true;
+    }
+    PyErr_Format(self->state->invalid_argument,
+                 "%s: %zu bytes are too many, a packet to the MTA holds %zu (see setmaxdatasize)",
+                 action->call, size, limit);
+    return false;
+}
+
 /* Run an action on one or two checked strings; takes over both references.  `first` NULL means
  * that an exception is set; `second` may be NULL for none. */
 static PyObject *
@@ -312,16 +335,13 @@ perform_strings(ContextObject *self, const Action *action, PyObject *first, PyOb
 {
     bool done = false;
 
-    if (first != NULL && !PyErr_Occurred()) {
+    if (first != NULL && !PyErr_Occurred() && fits_packet(self, action, first, second)) {
         Strings strings = {string_of(first), string_of(second), index};
         done = perform(self, action, &strings);
     }
     Py_XDECREF(first);
     Py_XDECREF(second);
-    if (!done) {
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return done ? Py_NewRef(Py_None) : NULL;
 }
 
 /* --- methods */
@@ -364,25 +384,30 @@ context_chgheader(ContextObject *self, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"name", "idx", "value", NULL};
     PyObject *name, *value, *idx_object;
-    int idx;
+    long number;
 
     if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO:chgheader", names, &name, &idx_object,
                                      &value)) {
         return NULL;
     }
-    idx = (int)PyLong_AsLong(idx_object);
-    if (idx == -1 && PyErr_Occurred()) {
+    number = PyLong_AsLong(idx_object);
+    if (number == -1 && PyErr_Occurred() != NULL && !PyErr_ExceptionMatches(PyExc_OverflowError)) {
         return NULL;
     }
-    if (idx < 0) {
-        refuse(self->state, "chgheader", "idx", "must not be negative", idx_object);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        number = LONG_MAX; /* or the other way; it is out of range */
+    }
+    if (number < 0 || number > INT_MAX) {
+        refuse(self->state, "chgheader", "idx",
+               number < 0 ? "must not be negative" : "must fit into 32 bits", idx_object);
         return NULL;
     }
     name = header_name_argument(self->state, "chgheader", name);
     if (name != NULL) {
         value = value == Py_None ? NULL : header_value_argument(self->state, "chgheader", value);
     }
-    return perform_strings(self, &action_chgheader, name, name == NULL ? NULL : value, idx);
+    return perform_strings(self, &action_chgheader, name, name == NULL ? NULL : value, (int)number);
 }
 
 PyDoc_STRVAR(addrcpt_doc,
@@ -508,7 +533,7 @@ context_replacebody(ContextObject *self, PyObject *args, PyObject *keywords)
         return NULL;
     }
     if (PyUnicode_Check(body)) {
-        body = PyUnicode_AsEncodedString(body, "utf-8", "surrogateescape");
+        body = encode_text(self->state, "replacebody", "body", body);
         if (body == NULL) {
             return NULL;
         }

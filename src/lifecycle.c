@@ -93,7 +93,9 @@ drain(module_state *state)
                    NULL);
     }
     end_connections(&local);
-    wait_until(state, contexts_are_closed, monotonic_now() + CLOSE_SECONDS);
+    if (!atomic_load(&filter.listener_ended)) {
+        wait_until(state, contexts_are_closed, monotonic_now() + CLOSE_SECONDS);
+    }
 }
 
 /* libmilter's threads inherit this mask.  It is set in the new thread, which besides waits until
@@ -132,16 +134,20 @@ start_libmilter(module_state *state)
     pthread_sigmask(SIG_SETMASK, NULL, &filter.mask);
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_mutex_lock(&filter.startup);
     pthread_mutex_lock(&starting);
     code = pthread_create(&thread, &attributes, run_libmilter, NULL);
     pthread_mutex_unlock(&starting);
     pthread_attr_destroy(&attributes);
+    if (code == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        park_signal_thread();
+        Py_END_ALLOW_THREADS
+    }
+    pthread_mutex_unlock(&filter.startup);
     if (code != 0) {
         return raise_os_error(state, code, "cannot start", "libmilter's thread", "");
     }
-    Py_BEGIN_ALLOW_THREADS
-    park_signal_thread();
-    Py_END_ALLOW_THREADS
     return 0;
 }
 
@@ -183,7 +189,24 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
         }
     }
     atomic_store(&filter.gate_closed, true);
-    wait_until(state, gate_is_empty, monotonic_now() + 1);
+    if (!atomic_load(&filter.forked)) {
+        wait_until(state, gate_is_empty, monotonic_now() + 1);
+    }
+    Py_RETURN_NONE;
+}
+
+/* Registered with os.register_at_fork: the filter is the parent's.  libmilter's threads are not
+ * here, so nothing will end what they began, and the socket is not ours to remove. */
+PyObject *
+after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return_wakeup_fd();
+    filter.phase = STOPPED;
+    free(filter.path);
+    filter.path = NULL;
+    atomic_store(&filter.gate_closed, true);
+    atomic_store(&filter.inside, 0);
+    atomic_store(&filter.forked, true);
     Py_RETURN_NONE;
 }
 
@@ -199,7 +222,7 @@ hook_interpreter(PyObject *module, module_state *state)
     atexit = PyImport_ImportModule("atexit");
     os = PyImport_ImportModule("os");
     hook = os == NULL ? NULL : PyObject_GetAttrString(os, "register_at_fork");
-    function = PyObject_GetAttrString(module, "_leave_wakeup_fd");
+    function = PyObject_GetAttrString(module, "_after_fork_in_child");
     keywords = function == NULL ? NULL : Py_BuildValue("{sN}", "after_in_child", function);
     function = PyObject_GetAttrString(module, "_close_gate");
     if (atexit != NULL && hook != NULL && keywords != NULL && function != NULL) {

@@ -239,7 +239,7 @@ check_unix_path(module_state *state, const char *path)
         return raise_os_error(state, ENAMETOOLONG, "cannot open the unix socket", path,
                               how_to_mend(ENAMETOOLONG, UNIX_SOCKET));
     }
-    if (stat(path, &status) == 0 && !S_ISSOCK(status.st_mode)) {
+    if (lstat(path, &status) == 0 && !S_ISSOCK(status.st_mode)) {
         return raise_os_error(state, EEXIST, "cannot open the unix socket", path,
                               "it is no socket and is left alone; use another path");
     }
@@ -389,34 +389,6 @@ open_dummy_listener(void)
     return fd;
 }
 
-/* poll() in libmilter's listener keeps the old socket alive until it returns: make it.  A
- * socket that was inherited may be shared with other processes; it is left as it is. */
-static void
-wake_listener(int old, struct sockaddr_storage *name, socklen_t size)
-{
-    int fd;
-
-    if (filter.kind == UNIX_SOCKET) {
-        shutdown(old, SHUT_RD);
-    }
-    else if (filter.kind != INHERITED_SOCKET) {
-        struct sockaddr_in *in = (struct sockaddr_in *)name;
-        struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)name;
-        if (in->sin_family == AF_INET && in->sin_addr.s_addr == htonl(INADDR_ANY)) {
-            in->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        }
-        if (in6->sin6_family == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&in6->sin6_addr)) {
-            in6->sin6_addr = in6addr_loopback;
-        }
-        fd = socket(name->ss_family, SOCK_STREAM, 0);
-        if (fd >= 0) {
-            fcntl(fd, F_SETFL, O_NONBLOCK);
-            (void)!connect(fd, (struct sockaddr *)name, size);
-            close(fd);
-        }
-    }
-}
-
 void
 remove_unix_socket(void)
 {
@@ -463,6 +435,37 @@ end_reading(int fd, void *arg)
     return false;
 }
 
+/* Have libmilter's listener look whether it shall stop, by a connection that ends at once. */
+void
+poke_listener(void)
+{
+    struct sockaddr_storage name = {0};
+    socklen_t size = sizeof name;
+    struct sockaddr_in *in = (struct sockaddr_in *)&name;
+    struct sockaddr_in6 *in6 = (struct sockaddr_in6 *)&name;
+    int fd;
+
+    if (getsockname(filter.listener, (struct sockaddr *)&name, &size) < 0) {
+        return;
+    }
+    if (name.ss_family == AF_INET && in->sin_addr.s_addr == htonl(INADDR_ANY)) {
+        in->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    }
+    if (name.ss_family == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&in6->sin6_addr)) {
+        in6->sin6_addr = in6addr_loopback;
+    }
+    fd = socket(name.ss_family, SOCK_STREAM, 0);
+    if (fd >= 0) {
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+        (void)!connect(fd, (struct sockaddr *)&name, size);
+        close(fd);
+    }
+}
+
+/* Put a socket that nobody connects to in the place of the one that libmilter listens on.  Its
+ * poll() holds the old one until it returns, up to five seconds later, so that is shut down as
+ * well: new connections are refused at once, and the port is free for a successor.  A socket
+ * that was inherited is left as it is, since other processes may listen on it too. */
 void
 stop_listening(LocalAddress *local)
 {
@@ -474,12 +477,11 @@ stop_listening(LocalAddress *local)
         remove_unix_socket();
         return;
     }
-    old = filter.kind == UNIX_SOCKET ? dup(filter.listener) : -1;
+    old = filter.kind == INHERITED_SOCKET ? -1 : dup(filter.listener);
     dummy = open_dummy_listener();
     if (dummy >= 0 && dup2(dummy, filter.listener) >= 0) {
-        struct sockaddr_storage target = local->name;
         fcntl(filter.listener, F_SETFD, FD_CLOEXEC);
-        wake_listener(old, &target, local->size);
+        shutdown(old, SHUT_RD);
     }
     remove_unix_socket(); /* while our socket lives, nobody else has its inode */
     if (dummy >= 0) {

@@ -109,15 +109,18 @@ typedef struct {
     ino_t inode;
     int listener; /* libmilter's listening descriptor, or -1 */
 
-    int pipe[2];       /* wakes main(): anything written to [1] does */
-    int wakeup_before; /* the descriptor that the application had set, or -1 */
-    bool wakeup_set;   /* Python writes signals to it, guarded likewise */
-    sigset_t mask;     /* of the thread that called main() */
+    int pipe[2];             /* wakes main(): anything written to [1] does */
+    int wakeup_before;       /* the descriptor that the application had set, or -1 */
+    bool wakeup_set;         /* Python writes signals to it, guarded likewise */
+    sigset_t mask;           /* of the thread that called main() */
+    pthread_mutex_t startup; /* held until no signal can get lost: no callback before */
     double drain_seconds;
+    size_t max_data; /* bytes in a packet, setmaxdatasize() */
 
     /* Read and written by many threads, and by signal handlers. */
     atomic_bool stop_wanted;    /* by stop(), a signal, an exception */
     atomic_bool draining;       /* new messages are refused */
+    atomic_bool forked;         /* this process is a child of the filter's */
     atomic_bool drained;        /* nothing more will be answered */
     atomic_bool listener_ended; /* smfi_main() has returned */
     atomic_bool gate_closed;    /* no thread of libmilter may enter Python any more */
@@ -171,6 +174,7 @@ void raise_exception(PyObject *exception);
 PyObject *text_from(const char *s, size_t size);
 int refuse(module_state *state, const char *call, const char *argument, const char *rule,
            PyObject *value);
+PyObject *encode_text(module_state *state, const char *call, const char *argument, PyObject *value);
 PyObject *text_argument(module_state *state, const char *call, const char *argument,
                         PyObject *value);
 PyObject *line_argument(module_state *state, const char *call, const char *argument,
@@ -201,6 +205,7 @@ const char *why_bad_conn(const char *conn, char *advice, size_t advice_size);
 bool is_listening(int fd);
 int open_socket(module_state *state, bool remove_old);
 void remove_unix_socket(void);
+void poke_listener(void);
 void end_connections(LocalAddress *local);
 void stop_listening(LocalAddress *local);
 
@@ -212,7 +217,6 @@ bool in_main_thread(void);
 void borrow_wakeup_fd(void);
 void return_wakeup_fd(void);
 void forward_signals(const char *bytes, ssize_t count);
-PyObject *leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored));
 void prepare_parking(sigset_t *mask);
 void park_signal_thread(void);
 bool libmilter_took_signal(void);
@@ -220,6 +224,7 @@ bool libmilter_took_signal(void);
 /* lifecycle.c: from main() to the end of the process */
 int open_pipe(module_state *state);
 PyObject *close_gate(PyObject *module, PyObject *Py_UNUSED(ignored));
+PyObject *after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored));
 int hook_interpreter(PyObject *module, module_state *state);
 void warn_of_few_descriptors(void);
 int run_filter(module_state *state);

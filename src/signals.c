@@ -11,6 +11,8 @@
 
 #ifdef __linux__
 #include <sys/syscall.h>
+#include <sched.h>
+#include <ucontext.h>
 #endif
 
 #define STOP_SIGNALS 3
@@ -239,36 +241,62 @@ forward_signals(const char *bytes, ssize_t count)
     }
 }
 
-/* Registered with os.register_at_fork: the child's signals are not the parent's business. */
-PyObject *
-leave_wakeup_fd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
-{
-    return_wakeup_fd();
-    Py_RETURN_NONE;
-}
-
 /* ---------------------------------------------------- libmilter's signal thread
  *
  * It is found by what makes it different from all others: it came after smfi_main() was called,
  * and has every signal blocked except those that it waits for (the kernel takes these out of a
- * thread's mask while it is in sigwait) and one that is reserved to park it.  Where that cannot
- * be looked up it stays: then it gets a signal that no other thread would take, which is one
- * that the program blocks everywhere.
+ * thread's mask while it is in sigwait) and one that is reserved to park it.  What it took in
+ * the moment before is sent again.  Where there is no /proc the thread stays; then it gets a
+ * signal that the kernel finds no better thread for.
  */
 
 #ifdef __linux__
 
 #define MAX_TASKS 512
-#define PARKING_ATTEMPTS 1000 /* of a millisecond each */
+#define QUICK_ATTEMPTS 200    /* to find the thread, without a pause between them */
+#define PARKING_ATTEMPTS 1200 /* the others a millisecond apart */
+
+#define POKE_INTERVAL 100 /* attempts */
 
 static int park_signal;
 static atomic_bool parked;
+static atomic_int taken_too_soon; /* by the thread, in the moment when it was parked */
+static sigset_t set_aside;        /* pending when main() was called, since they are blocked */
 static long known_tasks[MAX_TASKS];
 static int known_count;
 
-static void
-park(int Py_UNUSED(number))
+/* What the system call returned that a signal's handler has interrupted. */
+static long
+interrupted_result(const ucontext_t *context)
 {
+#if defined(__x86_64__)
+    return (long)context->uc_mcontext.gregs[REG_RAX];
+#elif defined(__i386__)
+    return context->uc_mcontext.gregs[REG_EAX];
+#elif defined(__aarch64__)
+    return (long)context->uc_mcontext.regs[0];
+#elif defined(__arm__)
+    return (long)context->uc_mcontext.arm_r0;
+#elif defined(__riscv)
+    return (long)context->uc_mcontext.__gregs[REG_A0];
+#elif defined(__s390x__)
+    return (long)context->uc_mcontext.gregs[2];
+#else
+    (void)context;
+    return 0;
+#endif
+}
+
+static void
+park(int Py_UNUSED(number), siginfo_t *Py_UNUSED(info), void *context)
+{
+    long result = interrupted_result(context);
+
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        if (result == stop_signals[i]) {
+            atomic_store(&taken_too_soon, stop_signals[i]);
+        }
+    }
     atomic_store(&parked, true);
     for (;;) {
         pause(); /* the handler's mask blocks everything */
@@ -342,12 +370,42 @@ park_if_signal_thread(long task)
            syscall(SYS_tgkill, getpid(), task, park_signal) == 0;
 }
 
+/* Signals that the program blocks may be pending, for whoever will wait for them in the program. */
+static void
+set_pending_aside(void)
+{
+    static const struct timespec at_once;
+    sigset_t one;
+
+    sigpending(&set_aside);
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        if (sigismember(&set_aside, stop_signals[i])) {
+            sigemptyset(&one);
+            sigaddset(&one, stop_signals[i]);
+            sigtimedwait(&one, NULL, &at_once);
+        }
+    }
+}
+
+static void
+send_again(void)
+{
+    int taken = atomic_load(&taken_too_soon);
+
+    for (int i = 0; i < STOP_SIGNALS; i++) {
+        if (sigismember(&set_aside, stop_signals[i]) || stop_signals[i] == taken) {
+            kill(getpid(), stop_signals[i]);
+        }
+    }
+}
+
 /* Before libmilter's threads start: choose the signal, and open it in their mask. */
 void
 prepare_parking(sigset_t *mask)
 {
-    struct sigaction current, action = {.sa_handler = park};
+    struct sigaction current, action = {.sa_sigaction = park, .sa_flags = SA_SIGINFO};
 
+    set_pending_aside();
     known_count = 0;
     each_task(note_task);
     if (known_count == MAX_TASKS) {
@@ -369,19 +427,25 @@ park_signal_thread(void)
     struct sigaction none = {.sa_handler = SIG_DFL};
     bool sent = false;
 
-    if (park_signal == 0) {
-        return;
-    }
-    for (int i = 0; i < PARKING_ATTEMPTS && !atomic_load(&filter.listener_ended); i++) {
+    for (int i = 0; park_signal != 0 && i < PARKING_ATTEMPTS; i++) {
         sent = sent || each_task(park_if_signal_thread);
-        if (atomic_load(&parked)) {
+        if (atomic_load(&parked) || atomic_load(&filter.listener_ended)) {
             break;
         }
-        usleep(1000);
+        if (i <= QUICK_ATTEMPTS) {
+            sched_yield();
+        }
+        else {
+            usleep(1000);
+            if (i % POKE_INTERVAL == 0) {
+                poke_listener(); /* the thread may be ending libmilter for a signal */
+            }
+        }
     }
-    if (!sent || atomic_load(&parked)) {
+    if (park_signal != 0 && (!sent || atomic_load(&parked))) {
         sigaction(park_signal, &none, NULL); /* else the signal may still arrive */
     }
+    send_again();
 }
 
 /* A signal may come between the start of the thread and its parking, and be taken by it: then

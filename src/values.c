@@ -83,19 +83,26 @@ refuse(module_state *state, const char *call, const char *argument, const char *
     return -1;
 }
 
-/* A text argument on its way to libmilter: bytes, owned. */
+/* Text on its way to libmilter: bytes, owned. */
+PyObject *
+encode_text(module_state *state, const char *call, const char *argument, PyObject *value)
+{
+    PyObject *bytes = PyUnicode_AsEncodedString(value, "utf-8", "surrogateescape");
+
+    if (bytes == NULL && PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) {
+        PyErr_Clear();
+        refuse(state, call, argument, "holds a surrogate that stands for no byte", value);
+    }
+    return bytes;
+}
+
 PyObject *
 text_argument(module_state *state, const char *call, const char *argument, PyObject *value)
 {
     PyObject *bytes;
 
     if (PyUnicode_Check(value)) {
-        bytes = PyUnicode_AsEncodedString(value, "utf-8", "surrogateescape");
-        if (bytes == NULL && PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) {
-            /* A surrogate that stands for no byte of the wire. */
-            PyErr_Clear();
-            refuse(state, call, argument, "holds a surrogate that stands for no byte", value);
-        }
+        bytes = encode_text(state, call, argument, value);
     }
     else if (PyBytes_Check(value)) {
         bytes = Py_NewRef(value);

@@ -236,3 +236,19 @@ def test_a_filter_can_become_a_daemon_once_its_socket_is_open(scenario):
     finally:
         if child:
             os.kill(child, signal.SIGKILL)
+
+
+def test_forked_children_leave_the_filter_and_its_socket_alone(scenario):
+    filter_ = scenario("fork-without-main")
+    filter_.wait_for("child: 0")
+    begin = time.monotonic()
+    assert send(filter_).verdict is Verdict.ACCEPT
+    filter_.wait_for("child: 0", 2)
+    os.kill(filter_.pid, signal.SIGUSR1)
+    filter_.wait_for("child: 0", 3)
+    assert time.monotonic() - begin < 5
+    assert os.path.exists(path_of(filter_.socket))
+    assert send(filter_).verdict is Verdict.ACCEPT
+    assert filter_.stop() == 0
+    assert filter_.output.count("child: 0") == 5
+    assert "socket there: False" in filter_.output

@@ -400,3 +400,12 @@ def listens(where):
     address = parse_socket(where)
     with socket.socket(address.family) as probe:
         return probe.connect_ex(address.address) == 0
+
+
+def test_a_link_to_a_socket_is_left_alone(opened, directory):
+    path, target = directory / "s", directory / "target"
+    with listener(target):
+        path.symlink_to(target)
+        fails(opened(f"unix:{path}"), path)
+        assert path.is_symlink()
+        assert target.is_socket()
