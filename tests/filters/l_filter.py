@@ -91,7 +91,7 @@ def child_that_waits(_: str) -> None:
         try:
             say("child", os.getpid())
             while True:
-                time.sleep(60)
+                time.sleep(0.02)  # a signal just before a long one would not end it
         except KeyboardInterrupt:
             os._exit(130)
         finally:
