@@ -218,17 +218,22 @@ set_reply(Call *call, const char *code, const char *enhanced, const char *text)
     }
 }
 
-/* The filter's name, fit for a reply: cut short, % doubled as replies need it. */
+/* The filter's name, fit for a reply: cut short at a character, % doubled as replies need it. */
 static void
 name_for_reply(const module_state *state, char *out)
 {
     const char *name = state->name != NULL ? state->name : "filter";
+    int characters = 0;
 
-    for (int i = 0; i < NAME_IN_REPLY && name[i] != '\0'; i++) {
-        if (name[i] == '%') {
+    for (; *name != '\0'; name++) {
+        bool begins_character = ((unsigned char)*name & 0xC0) != 0x80;
+        if (begins_character && characters++ == NAME_IN_REPLY) {
+            break;
+        }
+        if (*name == '%') {
             *out++ = '%';
         }
-        *out++ = name[i];
+        *out++ = *name;
     }
     *out = '\0';
 }
@@ -238,7 +243,7 @@ name_for_reply(const module_state *state, char *out)
 static sfsistat
 answer(Call *call, sfsistat verdict, const char *soft, const char *hard, const char *what)
 {
-    char name[2 * NAME_IN_REPLY + 1];
+    char name[4 * NAME_IN_REPLY + 1];
     char text[sizeof name + 80];
 
     if (without_reply(call)) {
@@ -962,6 +967,7 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     unsigned long values[4] = {actions, protocol, f2, f3};
     bool asked = begin(&call, handle, NEGOTIATE);
     ContextObject *context = call.context;
+    bool lists = false;
 
     if (context == NULL) {
         if (call.attached) {
@@ -972,7 +978,9 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     context->offered_actions = context->actions = actions;
     context->protocol = 0;
     if (asked) {
-        if (!ask_application(&call, values) || !send_symlists(context)) {
+        bool answered = ask_application(&call, values);
+        lists = context->symlists != NULL;
+        if (!answered || !send_symlists(context)) {
             take_policy(&call);
         }
     }
@@ -982,6 +990,7 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     }
     Py_CLEAR(context->symlists);
     /* libmilter ends the session where more is asked for than was offered. */
+    values[0] |= lists ? SMFIF_SETSYMLIST : 0;
     context->actions = *want_actions = values[0] & actions;
     context->protocol = *want_protocol = values[1] & protocol;
     *want_f2 = *want_f3 = 0;
@@ -1258,7 +1267,10 @@ setting(PyObject *module, const char *call, const char *argument, PyObject *valu
     }
     if (number < least || number > INT_MAX) {
         refuse(state_of(module), call, argument,
-               least > 0 ? "must be positive" : "must not be negative", value);
+               number > INT_MAX ? "must fit into 32 bits"
+               : least > 0      ? "must be positive"
+                                : "must not be negative",
+               value);
         return -1;
     }
     return number;

@@ -43,7 +43,7 @@
 #define MAX_REPLY_LINE 980
 #define MAX_REPLY_LINES 32
 
-#define NAME_IN_REPLY 40       /* bytes of the filter's name in the reply to an exception */
+#define NAME_IN_REPLY 40       /* characters of the filter's name in the reply to an exception */
 #define DRAIN_SECONDS 30.0     /* how long messages in progress may take after a stop */
 #define CLOSE_SECONDS 2.0      /* how long close callbacks may take once all is drained */
 #define BEAT_MILLISECONDS 200  /* at least this often a drain shows that it is alive */
