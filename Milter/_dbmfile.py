@@ -14,6 +14,8 @@ _BDB_MAGIC_AT = 12
 _BDB_MAGICS = {
     number.to_bytes(4, order) for number in (0x061561, 0x053162) for order in ("big", "little")
 }
+# The kinds that do not keep to the name they are given.
+_ENDINGS = {"dbm.ndbm": (".pag", ".dir"), "dbm.dumb": (".dat", ".dir", ".bak")}
 _NO_BERKELEYDB = (
     "{0}: reading Berkeley DB files needs the Python package berkeleydb: "
     "pip install 'pymilter[policy]'"
@@ -54,6 +56,16 @@ def open_reader(path: str) -> Reader:
     # Raises the true reason, where there is one.
     with open(path, "rb"):
         raise ValueError(f"{path!r} is no database of a kind that Berkeley DB or dbm can read")
+
+
+def files_of(path: str) -> list[str]:
+    """The files that make up what ``open_reader`` would open; none where it is missing."""
+    if os.path.exists(path):
+        return [path]
+    if is_berkeley_db(path + ".db"):
+        return [path + ".db"]
+    endings = _ENDINGS.get(dbm.whichdb(path) or "", ())
+    return [path + end for end in endings if os.path.exists(path + end)]
 
 
 def is_berkeley_db(path: str) -> bool:

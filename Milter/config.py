@@ -126,9 +126,7 @@ class MilterConfigParser(ConfigParser):
                 result.setdefault(host.lower(), []).append(user)
         return result
 
-    def getaddrdict(
-        self, sect: str, opt: str, dir: str | os.PathLike[str] = ""
-    ) -> dict[str, str]:
+    def getaddrdict(self, sect: str, opt: str, dir: str | os.PathLike[str] = "") -> dict[str, str]:
         """A map of addresses to the option that lists them, for the options that *opt* names.
 
         An item ``file:NAME`` stands for the words in that file (relative to *dir*).  An address
