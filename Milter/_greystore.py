@@ -24,8 +24,10 @@ TIMEOUT = 5.0
 _MINUTE = 60
 _HOUR = 3600
 _DAY = 86400
-_SAFE = frozenset(b"!%+-.0123456789@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~")
-_ESCAPE = re.compile(rb"%([0-9A-F]{2}|2e)")
+_ESCAPE = re.compile(rb"%(?:[0-9A-F]{2}|2e)")
+_TO_QUOTE = re.compile(_ESCAPE.pattern + rb"|[^!%+\-.0-9@A-Z_a-z~]")
+# What is never written as an escape; "%" is, before what would look like one.
+_SAFE = frozenset(bytes((n,)) for n in range(256) if not _TO_QUOTE.match(bytes((n,)))) - {b"%"}
 
 
 class StoreUnavailable(ConnectionError):
@@ -140,10 +142,11 @@ def quote_address(address: str | bytes) -> str:
     """Percent-encode what could not stand in a key or in a line of CSV.
 
     Letters, digits and ``!%+-.@_~`` stay as they are, but for a leading ``.``, which becomes
-    ``%2e``; all else becomes the ``%XX`` of its bytes in UTF-8.
+    ``%2e``, and a ``%`` that would look like an escape; all else becomes the ``%XX`` of its bytes
+    in UTF-8.  No two addresses become the same.
     """
     raw = address if isinstance(address, bytes) else _encode(address)
-    text = "".join(chr(byte) if byte in _SAFE else f"%{byte:02X}" for byte in raw)
+    text = _TO_QUOTE.sub(_quote, raw).decode("ascii")
     return "%2e" + text[1:] if text.startswith(".") else text
 
 
@@ -154,16 +157,24 @@ def _encode(address: str) -> bytes:
         return address.encode("utf-8", "surrogatepass")
 
 
+def _quote(match: re.Match[bytes]) -> bytes:
+    found = match[0]
+    if found.startswith(b"%"):
+        return found if _unquote(match) == found else b"%25" + found[1:]
+    return b"%%%02X" % ord(found)
+
+
 def unquote_address(quoted: str) -> str:
     """Undo ``quote_address``, leaving alone escapes that it does not write, such as ``%41``."""
+    return _ESCAPE.sub(_unquote, _encode(quoted)).decode("utf-8", "surrogateescape")
 
-    def byte(match: re.Match[bytes]) -> bytes:
-        if match[1] == b"2e":
-            return b"." if match.start() == 0 else match[0]
-        value = int(match[1], 16)
-        return match[0] if value in _SAFE else bytes((value,))
 
-    return _ESCAPE.sub(byte, _encode(quoted)).decode("utf-8", "surrogateescape")
+def _unquote(match: re.Match[bytes]) -> bytes:
+    escape = match[0]
+    if escape == b"%2e":
+        return b"." if match.start() == 0 else escape
+    byte = bytes.fromhex(escape[1:].decode())
+    return escape if byte in _SAFE else byte
 
 
 class Row(NamedTuple):

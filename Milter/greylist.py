@@ -112,6 +112,13 @@ class _Shelf(shelve.Shelf[Record]):
         found: Record = record
         return found
 
+    def find(self, key: str) -> Record | None:
+        """The record, or None where it is missing or damaged."""
+        try:
+            return self[key]
+        except KeyError:
+            return None
+
 
 class Greylist:
     """A greylist whose records are in the shelf *dbname*, which is made where it is missing.
@@ -162,7 +169,7 @@ class Greylist:
         """
         key = Triple.parse(ip, sender, recipient).key
         with self._file.transaction():
-            record = self.dbp.get(key)
+            record = self.dbp.find(key)
             old = None if record is None else _state(record)
             if record is None:
                 record = Record(timeinc)
@@ -213,7 +220,7 @@ class Greylist:
             try:
                 text = key.decode()
                 Triple.from_key(text)
-                yield key, self.dbp.get(text)
+                yield key, self.dbp.find(text)
             except ValueError:
                 yield key, None
 

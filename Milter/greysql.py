@@ -52,8 +52,8 @@ class Greylist:
     the end.  A server is asked at once whether it is there.  Raises TypeError or ValueError for
     times that make no sense or a URL that is none, ``sqlite3.Error`` for a file that cannot be
     opened, ``StoreUnavailable`` (an OSError) for a server that does not answer, and ImportError
-    that names the extra to install.  ``greylist_time``, ``greylist_expire`` and ``greylist_retain`` hold the
-    times in seconds.
+    that names the extra to install.  ``greylist_time``, ``greylist_expire`` and
+    ``greylist_retain`` hold the times in seconds.
     """
 
     def __init__(
