@@ -4,13 +4,15 @@ A writer creates ``NAME.lock`` exclusively, fills it, and renames it over ``NAME
 the old file or the new one and never a half-written one, and a second writer is kept out
 meanwhile.  This is the protocol of ``vipw`` and friends.
 
->>> import os, tempfile
->>> name = os.path.join(tempfile.mkdtemp(), "relays")
->>> lock = PLock(name)
+>>> import pathlib, tempfile
+>>> folder = tempfile.TemporaryDirectory()
+>>> relays = pathlib.Path(folder.name, "relays")
+>>> lock = PLock(relays)
 >>> written = lock.lock().write("192.0.2.1\n")
 >>> lock.commit()
->>> print(open(name).read(), end="")
-192.0.2.1
+>>> relays.read_text()
+'192.0.2.1\n'
+>>> folder.cleanup()
 """
 
 from __future__ import annotations

@@ -769,7 +769,8 @@ def test_old_shelf_is_taken_over(tmp_path, make):
     old[b"192.0.2.1:\xff:utf8"] = old_record(time.time())
     old.close()
     files = sorted(os.listdir(tmp_path))
-    os.chmod(tmp_path / files[0], 0o640)
+    for name in files:
+        os.chmod(tmp_path / name, 0o640)
     with greylist.Greylist(path) as grey:
         assert grey.check(*TRIPLE) == 4
         assert grey.check("192.0.2.1", "bad", "pickle") == 0
