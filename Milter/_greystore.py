@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol, TextIO
 
 # Seconds of grace, so that a client which retries on the minute is not early by its own clock.
 GRACE = 5
-# Longer than RFC 5321 allows any address to be; longer ones are hostile, and shortened.
+# In bytes; more than RFC 5321 allows any address to have.  Longer ones are hostile, and shortened:
+# three of this length still fit into an entry of PostgreSQL's index.
 LONGEST_ADDRESS = 512
 # How long to wait for a server or for a locked file, in seconds.
 TIMEOUT = 5.0
@@ -126,9 +127,10 @@ def _printable(name: str, value: str | bytes) -> str:
     if not value.isprintable():
         # Neither SQL text nor UTF-8 has room for lone surrogates and null bytes.
         value = "".join(c if c.isprintable() else _escape(c) for c in value)
-    if len(value) > LONGEST_ADDRESS:
-        digest = hashlib.sha256(value.encode()).hexdigest()
-        value = f"{value[: LONGEST_ADDRESS - len(digest) - 1]}#{digest}"
+    raw = value.encode()
+    if len(raw) > LONGEST_ADDRESS:
+        digest = "#" + hashlib.sha256(raw).hexdigest()
+        value = raw[: LONGEST_ADDRESS - len(digest)].decode(errors="ignore") + digest
     return value
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from ._greystore import GRACE, TIMEOUT, Limits, Row, State, StoreUnavailable, Triple
+from ._greystore import GRACE, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
 
 try:
     import psycopg
@@ -86,7 +86,7 @@ def open_store(url: str) -> PostgreSQLStore:
     return PostgreSQLStore(url)
 
 
-class PostgreSQLStore:
+class PostgreSQLStore(Store):
     """The table ``greylist`` in the first schema of the search path."""
 
     def __init__(self, url: str) -> None:
@@ -96,7 +96,7 @@ class PostgreSQLStore:
             # The URL itself may hold a password.
             raise ValueError(f"dbname is no URL that libpq understands: {exc}") from None
         self._pool = _Pool(url)
-        self._pool.run(_make_table)
+        self._pool.run(_prepare)
 
     def check(self, triple: Triple, limits: Limits, timeinc: float) -> int:
         grey, expire, retain = limits
@@ -130,7 +130,11 @@ class PostgreSQLStore:
         self._pool.close()
 
 
-def _make_table(connection: _Connection) -> None:
+def _prepare(connection: _Connection) -> None:
+    """See that the database can hold any address, and make the table where it is missing."""
+    ((encoding,),) = connection.execute("SHOW server_encoding")
+    if encoding not in ("UTF8", "SQL_ASCII"):
+        raise ValueError(f"the database's encoding must be UTF8, not {encoding}")
     if not connection.execute(_EXISTS):
         connection.execute_script(_CREATE)
 

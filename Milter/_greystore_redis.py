@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from ._greystore import GRACE, TIMEOUT, Limits, Row, State, StoreUnavailable, Triple
+from ._greystore import GRACE, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
 
 try:
     import redis
@@ -84,7 +84,7 @@ def open_store(url: str) -> RedisStore:
     return RedisStore(url)
 
 
-class RedisStore:
+class RedisStore(Store):
     """The keys ``milter:greylist:ip:sender:recipient`` of one Redis database."""
 
     def __init__(self, url: str) -> None:

@@ -8,7 +8,6 @@ import logging
 import os
 import sqlite3
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -77,10 +76,10 @@ def _take_over(path: str) -> None:
     """Turn a dbm file of another kind into one of ours; a missing file is none of any kind."""
     if _is_ours(path):
         return
-    with _locked_directory(path):
+    with _locked_directory(path) as folder:
         # Another process may have been faster.
         if not _is_ours(path):
-            _convert(path)
+            _convert(path, folder)
 
 
 def _is_ours(path: str) -> bool:
@@ -92,28 +91,33 @@ def _is_ours(path: str) -> bool:
         return False
 
 
-def _convert(path: str) -> None:
+def _convert(path: str, folder: int) -> None:
     """Copy the old file's records to a new one, which then takes its place in one step."""
     old_files = _dbmfile.files_of(path)
     if not old_files:
         return
-    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=_directory(path))
-    os.close(handle)
+    # Always the same name, so that a killed process leaves no more than one behind.
+    new = os.path.join(_directory(path), f".{os.path.basename(path)}.new")
     try:
-        count = _copy(path, temporary)
-        _copy_permissions(old_files[0], temporary)
+        _remove(new)
+        count = _copy(path, new)
+        _copy_permissions(old_files[0], new)
         for name in old_files:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name + ".old")
+            _remove(name + ".old")
             os.link(name, name + ".old")
-        os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.rename(new, path)
+    finally:
+        _remove(new)
+    os.fsync(folder)
     for name in old_files:
         if name != path:
             os.unlink(name)
     log.info("%s: %d records taken over, the old shelf is kept as *.old", path, count)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _copy(path: str, target: str) -> int:
@@ -148,8 +152,8 @@ def _directory(path: str) -> str:
 
 
 @contextmanager
-def _locked_directory(path: str) -> Iterator[None]:
-    """Keep other processes from converting at the same time; a killed one leaves nothing behind."""
+def _locked_directory(path: str) -> Iterator[int]:
+    """The folder, open and locked against others that convert; a killed process locks nothing."""
     fd = os.open(_directory(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
         end = time.monotonic() + 12 * TIMEOUT
@@ -161,6 +165,6 @@ def _locked_directory(path: str) -> Iterator[None]:
                 if time.monotonic() > end:
                     raise StoreUnavailable(f"{path}: another process keeps its folder") from exc
             time.sleep(0.05)
-        yield
+        yield fd
     finally:
         os.close(fd)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from ._greystore import TIMEOUT, Limits, Row, State, StoreUnavailable, Triple, advance
+from ._greystore import TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple, advance
 
 log = logging.getLogger("milter.greylist")
 
@@ -72,6 +72,8 @@ class Database:
 
         Raises Locked where the file is not to be had in time, ValueError once closed.
         """
+        if self._pid != os.getpid():
+            self._start_anew()
         if not self._lock.acquire(timeout=TIMEOUT):
             raise Locked(f"{self.path}: other threads kept it for more than {TIMEOUT:g} s")
         try:
@@ -92,23 +94,30 @@ class Database:
     def _current(self) -> sqlite3.Connection:
         if self._closed:
             raise ValueError(f"the greylist {self.path!r} is closed")
-        if self._pid != os.getpid() and self._connection is not None:
-            self._inherited.append(self._connection)
-            self._connection = None
         if self._connection is None:
             self._connection = self._open()
-            self._pid = os.getpid()
         return self._connection
+
+    def _start_anew(self) -> None:
+        """Forget what a fork took over: the connection, and a lock that nobody may ever release."""
+        if self._connection is not None:
+            self._inherited.append(self._connection)
+        self._connection = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
+        if self._pid != os.getpid():
+            self._start_anew()
         with self._lock:
-            if not self._closed and self._pid == os.getpid() and self._connection is not None:
+            if self._connection is not None:
                 self._connection.close()
+                self._connection = None
             self._closed = True
 
 
-class SQLiteStore:
+class SQLiteStore(Store):
     """The table ``greylist``, as in the files of earlier versions."""
 
     def __init__(self, path: str) -> None:

@@ -165,9 +165,7 @@ class PostgreSQL(Server):
 
     def url(self, schema: str) -> str:
         """A URL under which the table is in a schema of its own."""
-        return (
-            f"postgresql://milter@/postgres?host={self.folder}&options=-csearch_path%3D{schema}"
-        )
+        return f"postgresql://milter@/postgres?host={self.folder}&options=-csearch_path%3D{schema}"
 
     def fresh_url(self) -> str:
         import psycopg
@@ -200,7 +198,10 @@ class Redis(Server):
             "save": "",
             "daemonize": "no",
         }
-        return [self.program, *(word for key, value in settings.items() for word in (f"--{key}", value))]
+        return [
+            self.program,
+            *(word for key, value in settings.items() for word in (f"--{key}", value)),
+        ]
 
     def answers(self) -> bool:
         import redis

@@ -165,7 +165,7 @@ def test_getaddrset_relative_to_the_working_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("item", ["dom.com", "user@", "<>", "FILE:x"])
 def test_getaddrset_refuses_what_is_no_address(item):
-    with pytest.raises(ValueError, match="option 'x' in section 'a': .* is neither user@domain"):
+    with pytest.raises(ValueError, match=r"option 'x' in section 'a': .* is neither user@domain"):
         with_option(item).getaddrset("a", "x")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dbm
+import contextlib
 import dbm.dumb
 import importlib
 import io
@@ -24,9 +24,10 @@ import pytest
 # The suite is run without the tests' folder in the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import state_servers  # noqa: E402
-import state_worker  # noqa: E402
-from Milter import _greystore, greylist, greysql  # noqa: E402
+import state_servers
+import state_worker
+
+from Milter import _greystore, greylist, greysql
 
 WORKER = str(Path(state_worker.__file__))
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -230,6 +231,13 @@ def test_hostile_addresses_are_addresses(place, address):
     assert other.clean(timeinc=40 * DAY) == 2
 
 
+def test_longest_addresses_of_any_script(grey):
+    choose = random.Random(5)
+    triple = ["".join(choose.choice("aé€\U0001f600") for _ in range(2000)) for _ in range(3)]
+    assert grey.check(*triple) == 0
+    assert grey.check(*triple, timeinc=HOUR) == 1
+
+
 def test_long_addresses_with_one_beginning_are_told_apart(grey):
     assert grey.check(TRIPLE[0], "x" * 5000 + "a", "r") == 0
     assert grey.check(TRIPLE[0], "x" * 5000 + "b", "r", timeinc=HOUR) == 0
@@ -292,7 +300,11 @@ def test_close_twice_and_use_afterwards(grey):
         ({"grey_expire": None}, TypeError, "grey_expire"),
         ({"grey_retain": -1}, ValueError, "grey_retain must not be negative or infinite: -1"),
         ({"grey_time": float("nan")}, ValueError, "grey_time"),
-        ({"grey_time": 240}, ValueError, "grey_expire .4 h. must be longer than grey_time .240 min"),
+        (
+            {"grey_time": 240},
+            ValueError,
+            "grey_expire .4 h. must be longer than grey_time .240 min",
+        ),
     ],
 )
 @pytest.mark.parametrize("module", [greylist, greysql])
@@ -345,9 +357,12 @@ def test_use_after_fork(place):
     worker = place.worker("fork")
     out, _ = worker.communicate(timeout=60)
     assert out.split() == ["1", "2"]
-    assert place.open().check(
-        state_worker.IP, state_worker.sender(0), state_worker.RECIPIENT, timeinc=HOUR
-    ) == 3
+    assert (
+        place.open().check(
+            state_worker.IP, state_worker.sender(0), state_worker.RECIPIENT, timeinc=HOUR
+        )
+        == 3
+    )
 
 
 def test_kill_at_any_moment_loses_no_committed_triple(place):
@@ -577,6 +592,18 @@ def test_postgresql_says_why_it_refuses(make_place):
         grey.check(*TRIPLE)
 
 
+def test_postgresql_needs_an_encoding_for_any_address(make_place):
+    import psycopg
+
+    place = make_place("postgresql")
+    with psycopg.connect(place.dbname, autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS latin")
+        connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
+    place.dbname = place.dbname.replace("/postgres?", "/latin?")
+    with pytest.raises(ValueError, match="encoding must be UTF8, not LATIN1"):
+        place.open()
+
+
 def test_postgresql_closes_a_connection_that_is_at_work(make_place):
     place = make_place("postgresql")
     grey = place.open()
@@ -782,13 +809,16 @@ def test_old_shelf_is_taken_over(tmp_path, make):
         assert grey.check(*TRIPLE) == 5
 
 
+def make_old_shelf(path, records):
+    with dbm.dumb.open(path, "n") as old:
+        for number in range(records):
+            key = f"{state_worker.IP}:{state_worker.sender(number)}:{state_worker.RECIPIENT}"
+            old[key.encode()] = old_record(time.time())
+
+
 def test_old_shelf_is_taken_over_once_by_many(tmp_path):
     path = str(tmp_path / "grey")
-    old = dbm.dumb.open(path, "n")
-    for number in range(50):
-        key = f"{state_worker.IP}:{state_worker.sender(number)}:{state_worker.RECIPIENT}"
-        old[key.encode()] = old_record(time.time())
-    old.close()
+    make_old_shelf(path, 50)
     place = Place("shelf", path)
     workers = [place.worker("fill", 0, 50) for _ in range(4)]
     for worker in workers:
@@ -797,6 +827,26 @@ def test_old_shelf_is_taken_over_once_by_many(tmp_path):
     with greylist.Greylist(path) as grey:
         sender = state_worker.sender(49)
         assert grey.check(state_worker.IP, sender, state_worker.RECIPIENT) == 3 + 4 + 1
+
+
+def test_kill_during_takeover_loses_nothing(tmp_path):
+    path = str(tmp_path / "grey")
+    make_old_shelf(path, 500)
+    new = tmp_path / ".grey.new"
+    place = Place("shelf", path)
+    choose = random.Random(3)
+    for _ in range(10):
+        with place.worker("fill", 0, 0) as worker:
+            while not new.exists() and worker.poll() is None:
+                pass
+            # Somewhere between its beginning and its end.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(choose.uniform(0, 0.01))
+            worker.kill()
+    with greylist.Greylist(path) as grey:
+        for number in range(500):
+            sender = state_worker.sender(number)
+            assert grey.check(state_worker.IP, sender, state_worker.RECIPIENT) == 4
 
 
 def test_failed_takeover_leaves_the_old_shelf(tmp_path, monkeypatch):
@@ -894,7 +944,7 @@ def test_failed_transaction_changes_nothing(tmp_path):
         ("user+tag@example.com", "user+tag@example.com"),
         ("foo bar@x", "foo%20bar@x"),
         ("<a@b>", "%3Ca@b%3E"),
-        ("a:b;c,d\"e\\f\n", "a%3Ab%3Bc%2Cd%22e%5Cf%0A"),
+        ('a:b;c,d"e\\f\n', "a%3Ab%3Bc%2Cd%22e%5Cf%0A"),
         ("50%", "50%"),
         ("a%b%41", "a%b%41"),
         ("%3A%25%%3A", "%253A%2525%%253A"),

@@ -228,7 +228,7 @@ def test_damaged_berkeley_db(tmp_path):
     path = tmp_path / "access.db"
     berkeley_db(str(tmp_path / "access")).close()
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(OSError, match="access.db"):
+    with pytest.raises(OSError, match=r"access\.db"):
         policy.dbmopen(path)
 
 
@@ -236,7 +236,7 @@ def test_errors_of_berkeley_db_are_os_errors(tmp_path):
     berkeley_db(str(tmp_path / "access")).close()
     reader = policy.dbmopen(tmp_path / "access.db")
     reader.close()
-    with pytest.raises(OSError, match="access.db"):
+    with pytest.raises(OSError, match=r"access\.db"):
         reader.get(b"x")
 
 
