@@ -31,7 +31,7 @@ _UPDATE = (
 )
 
 
-class Locked(StoreUnavailable, sqlite3.OperationalError):
+class SQLiteUnavailable(StoreUnavailable, sqlite3.OperationalError):
     """The file was in use by somebody else for too long, or cannot be read or written."""
 
 
@@ -70,12 +70,14 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """The connection inside a transaction of its own, committed at the end.
 
-        Raises Locked where the file is not to be had in time, ValueError once closed.
+        Raises SQLiteUnavailable where the file is not to be had in time, ValueError once closed.
         """
         if self._pid != os.getpid():
             self._start_anew()
         if not self._lock.acquire(timeout=TIMEOUT):
-            raise Locked(f"{self.path}: other threads kept it for more than {TIMEOUT:g} s")
+            raise SQLiteUnavailable(
+                f"{self.path}: other threads kept it for more than {TIMEOUT:g} s"
+            )
         try:
             connection = self._current()
             connection.execute("BEGIN IMMEDIATE")
@@ -86,8 +88,8 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-        except sqlite3.OperationalError as exc:
-            raise Locked(f"{self.path}: {exc}") from exc
+        except sqlite3.DatabaseError as exc:
+            raise SQLiteUnavailable(f"{self.path}: {exc}") from exc
         finally:
             self._lock.release()
 

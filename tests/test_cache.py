@@ -48,7 +48,7 @@ def test_results_without_regard_to_case():
 
 def test_missing_address():
     cache = AddrCache()
-    with pytest.raises(KeyError, match="^'nobody@example[.]com'$"):
+    with pytest.raises(KeyError, match=r"^'nobody@example\.com'$"):
         cache["nobody@example.com"]
     assert "nobody@example.com" not in cache
     assert not cache.has_key("nobody@example.com")

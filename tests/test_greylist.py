@@ -671,6 +671,21 @@ def test_locked_file_is_an_exception_until_it_is_free(make_place, monkeypatch, k
     assert grey.check(*TRIPLE, timeinc=HOUR) == 1
 
 
+@pytest.mark.parametrize("kind", ["shelf", "sqlite"])
+def test_damaged_file_is_an_exception(make_place, kind):
+    place = make_place(kind)
+    with place.open() as grey:
+        for number in range(100):
+            grey.check(TRIPLE[0], f"s{number}@x.org", TRIPLE[2])
+    with open(place.dbname, "r+b") as fp:
+        fp.seek(4096)
+        fp.write(b"\xff" * (os.stat(place.dbname).st_size - 4096))
+    grey = place.open()
+    with pytest.raises(greysql.StoreUnavailable) as caught:
+        grey.check(*TRIPLE)
+    assert isinstance(caught.value, sqlite3.Error)
+
+
 def test_waits_for_another_process_to_leave_a_file_that_is_not_yet_wal(tmp_path, monkeypatch):
     monkeypatch.setattr("Milter._greystore_sqlite.TIMEOUT", 0.2)
     name = tmp_path / "db"
