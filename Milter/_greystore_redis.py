@@ -88,14 +88,14 @@ class RedisStore(Store):
     """The keys ``milter:greylist:ip:sender:recipient`` of one Redis database."""
 
     def __init__(self, url: str) -> None:
+        # redis-py has more time for each by default, and tries several times.
+        limits = {"timeout": TIMEOUT, "socket_timeout": TIMEOUT, "retry": Retry(NoBackoff(), 0)}
+        if not url.lower().startswith("unix:"):
+            # Earlier versions do not take it there, where connecting is immediate.
+            limits["socket_connect_timeout"] = TIMEOUT
         try:
             pool = redis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=_MOST_CONNECTIONS,
-                timeout=TIMEOUT,
-                socket_timeout=TIMEOUT,
-                socket_connect_timeout=TIMEOUT,
-                retry=Retry(NoBackoff(), 0),
+                url, max_connections=_MOST_CONNECTIONS, **limits
             )
         except ValueError as exc:
             # The URL itself may hold a password.

@@ -549,9 +549,9 @@ def test_all_connections_busy_is_an_exception_in_time(remote, monkeypatch):
 
 
 def test_redis_forgets_by_itself(make_place):
+    place = make_place("redis")
     import redis
 
-    place = make_place("redis")
     place.open().check(*TRIPLE)
     with redis.Redis(port=place.server.port) as client:
         (key,) = client.keys("*")
@@ -566,9 +566,9 @@ def test_redis_over_a_unix_socket(make_place):
 
 
 def test_redis_skips_what_is_not_its_own(make_place):
+    place = make_place("redis")
     import redis
 
-    place = make_place("redis")
     grey = place.open()
     grey.check(*TRIPLE)
     with redis.Redis(port=place.server.port) as client:
@@ -582,9 +582,9 @@ def test_redis_skips_what_is_not_its_own(make_place):
 
 
 def test_postgresql_says_why_it_refuses(make_place):
+    place = make_place("postgresql")
     import psycopg
 
-    place = make_place("postgresql")
     grey = place.open()
     with psycopg.connect(place.dbname, autocommit=True) as connection:
         connection.execute("DROP TABLE greylist")
@@ -593,9 +593,9 @@ def test_postgresql_says_why_it_refuses(make_place):
 
 
 def test_postgresql_needs_an_encoding_for_any_address(make_place):
+    place = make_place("postgresql")
     import psycopg
 
-    place = make_place("postgresql")
     with psycopg.connect(place.dbname, autocommit=True) as connection:
         connection.execute("DROP DATABASE IF EXISTS latin")
         connection.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
