@@ -37,7 +37,7 @@ _NOW = """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000 + ARGV[1]
 """
-# The rule of _greystore.advance.  Times are formatted here: Lua itself would round them to seconds.
+# The rule of _greystore.advance.
 _CHECK = (
     _NOW
     + """
@@ -51,8 +51,7 @@ if not (firstseen and lastseen and cnt)
 elseif cnt > 0 or now >= firstseen + grey then
   cnt = cnt + 1
 end
-redis.call('HSET', KEYS[1], 'firstseen', string.format('%.6f', firstseen),
-    'lastseen', string.format('%.6f', now), 'cnt', string.format('%d', cnt))
+redis.call('HSET', KEYS[1], 'firstseen', firstseen, 'lastseen', now, 'cnt', cnt)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 return cnt
 """
