@@ -159,13 +159,13 @@ class _Pool:
         one; the work is then done again on a new one.  Where the server had done it already and
         only its answer was lost, a message is counted twice, which harms nobody.
         """
-        end = time.monotonic() + timeout
         if self._closed:
             raise ValueError("the greylist is closed")
         self._check_fork()
         if not self._free.acquire(timeout=TIMEOUT):
             raise StoreUnavailable(f"all {_MOST_CONNECTIONS} connections are in use")
         try:
+            end = time.monotonic() + timeout
             try:
                 old = self._idle.pop()
             except IndexError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -46,6 +47,15 @@ def _program(pattern: str, package: str) -> Path:
     if not versions:
         _missing(f"{pattern} is not installed (Debian's package {package})")
     return versions[-1]
+
+
+def _free_port() -> int:
+    """A port below those that the system gives to clients, who could take it between two starts."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
@@ -108,7 +118,8 @@ class Server:
             yield
         finally:
             for pid in processes:
-                os.kill(pid, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def discard(self) -> None:
         try:
@@ -184,9 +195,7 @@ class Redis(Server):
         super().__init__()
         self.program = str(program)
         self.socket = self.folder / "socket"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = _free_port()
 
     def command(self) -> list[str]:
         settings = {
