@@ -1,0 +1,248 @@
+"""A map of mail addresses to results that forgets them after some days.
+
+Results of callback validation and the like are kept in memory; those that are None (by
+convention: blacklisted) are also written to a text file, one ``address time-stamp`` a line, and
+survive a restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .plock import PLock
+
+__all__ = ["AddrCache"]
+
+log = logging.getLogger("milter.cache")
+
+_DAY = 86400.0
+_PRUNE_FROM = 1024
+
+
+class _Entry(NamedTuple):
+    """When the result was stored (seconds since 1970, None for good) and the result."""
+
+    stored: float | None
+    result: Any
+
+
+class AddrCache:
+    """Addresses with a result each, which expires after *renew* days.
+
+    Keys are addresses, or domains that stand for every address in them; they compare without
+    regard to case.  *fname* is the file that keeps the entries whose result is None; it is appended
+    to, and read by ``load`` only.  Objects may be used by many threads, and one file by many
+    processes.
+
+    >>> cache = AddrCache(renew=7)
+    >>> cache["Spammer@Example.com"] = "550"
+    >>> cache["spammer@example.com"], "other@example.com" in cache
+    ('550', False)
+    >>> cache["example.com"] = "450"
+    >>> cache["other@example.com"]
+    '450'
+    """
+
+    time_format = "%Y%b%d %H:%M:%S %Z"
+
+    def __init__(self, renew: float = 7, fname: str | os.PathLike[str] | None = None) -> None:
+        self.age = renew
+        self.cache: dict[str, _Entry] = {}
+        self.fname = fname
+        self._lock = threading.RLock()
+        self._prune_at = _PRUNE_FROM
+
+    def load(self, fname: str | os.PathLike[str], age: float = 0) -> None:
+        """Read the entries of *fname* in place of those in memory and keep it as the cache's file.
+
+        Lines older than *age* days (0: the cache's own) or with a time stamp that cannot be read
+        are dropped from the file, which is then rewritten under a ``PLock``, the old one kept as
+        ``fname.old``.  A line without time stamp is a manual entry and stays for good; one that
+        begins with ``#`` is left alone.  A missing file is an empty one.  While
+        another process holds the lock (or left it behind) the file is read and not rewritten.
+
+        Raises OSError where the file cannot be read or rewritten.
+        """
+        with self._lock:
+            self.fname = fname
+            name = os.fspath(fname)
+            lines, entries, dropped = self._read(name, age or self.age)
+            if dropped:
+                with _exclusive(name, os.O_RDWR):
+                    # Other processes may have added lines before the lock was ours.
+                    lines, entries, dropped = self._read(name, age or self.age)
+                    self._rewrite(name, lines)
+            self.cache = entries
+            self._prune_at = max(_PRUNE_FROM, 2 * len(entries))
+
+    def _read(self, fname: str, age: float) -> tuple[list[str], dict[str, _Entry], int]:
+        """The lines of the file to keep, their entries, and how many lines are to go."""
+        kept: list[str] = []
+        entries: dict[str, _Entry] = {}
+        dropped = 0
+        oldest = time.time() - age * _DAY
+        for line in _lines(fname):
+            sender, *stamp = line.split(None, 1)
+            if not sender.startswith("#"):
+                stored = self._parse_time(stamp[0]) if stamp else None
+                if stamp and (stored is None or stored < oldest):
+                    dropped += 1
+                    continue
+                entries[sender.lower()] = _Entry(stored, None)
+            kept.append(line + "\n")
+        return kept, entries, dropped
+
+    def _parse_time(self, text: str) -> float | None:
+        text = " ".join(text.split())
+        try:
+            return time.mktime(time.strptime(text, self.time_format))
+        except (ValueError, OverflowError):
+            return None
+
+    def _rewrite(self, fname: str, lines: list[str]) -> None:
+        lock = PLock(fname)
+        try:
+            fp = lock.lock()
+        except FileExistsError:
+            log.warning("%s: expired entries stay in it, since %s exists", fname, lock.lockname)
+            return
+        try:
+            fp.writelines(lines)
+        except BaseException:
+            lock.unlock()
+            raise
+        lock.commit(fname + ".old")
+
+    def has_precise_key(self, sender: str) -> bool:
+        """Whether there is an entry for *sender* itself that has not expired."""
+        return self._find(sender) is not None
+
+    def has_key(self, sender: str) -> bool:
+        """Whether there is an entry for *sender* or for its domain that has not expired."""
+        return self._lookup(sender) is not None
+
+    __contains__ = has_key
+
+    def __getitem__(self, sender: str) -> Any:
+        """The result for *sender*, or for its domain; KeyError where neither has one."""
+        entry = self._lookup(sender)
+        if entry is None:
+            raise KeyError(sender)
+        return entry.result
+
+    def __setitem__(self, sender: str, res: Any) -> None:
+        """Store a result for the cache's number of days; None is also appended to the file."""
+        now = time.time()
+        self._store(sender, _Entry(now, res))
+        if res is None:
+            self._append(sender, time.strftime(self.time_format, time.localtime(now)))
+
+    def addperm(self, sender: str, res: Any = None) -> None:
+        """Store a result for good; None is also appended to the file, without a time stamp."""
+        self._store(sender, _Entry(None, res))
+        if res is None:
+            self._append(sender)
+
+    def __len__(self) -> int:
+        """How many entries are in memory; those that expired may be counted until looked up."""
+        return len(self.cache)
+
+    # Without it, iter() would try the integers as addresses.
+    __iter__ = None
+
+    def _lookup(self, sender: str) -> _Entry | None:
+        entry = self._find(sender)
+        if entry is None and sender and "@" in sender:
+            entry = self._find(sender.rpartition("@")[2])
+        return entry
+
+    def _find(self, key: str) -> _Entry | None:
+        if not key:
+            return None
+        key = key.lower()
+        with self._lock:
+            entry = self.cache.get(key)
+            if entry is not None and self._expired(entry, time.time()):
+                del self.cache[key]
+                return None
+            return entry
+
+    def _expired(self, entry: _Entry, now: float) -> bool:
+        return entry.stored is not None and entry.stored + self.age * _DAY <= now
+
+    def _store(self, sender: str, entry: _Entry) -> None:
+        if not isinstance(sender, str):
+            raise TypeError(f"sender must be a str, not {sender!r}")
+        with self._lock:
+            self.cache[sender.lower()] = entry
+            if len(self.cache) >= self._prune_at:
+                self._prune()
+
+    def _prune(self) -> None:
+        """Forget what expired, so that senders made up once and never again do not pile up."""
+        now = time.time()
+        self.cache = {key: e for key, e in self.cache.items() if not self._expired(e, now)}
+        self._prune_at = max(_PRUNE_FROM, 2 * len(self.cache))
+
+    def _append(self, *fields: str) -> None:
+        """Add a line to the file, unless the address in it would read back as something else."""
+        if self.fname is None:
+            return
+        line = _as_line(*fields)
+        if line is None:
+            log.warning("%r is kept in memory, %s cannot hold it", fields[0], self.fname)
+            return
+        with _exclusive(os.fspath(self.fname), os.O_RDWR | os.O_APPEND | os.O_CREAT) as fd:
+            size = os.fstat(fd).st_size
+            unfinished = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            os.write(fd, b"\n" * unfinished + line)
+
+
+def _lines(fname: str) -> list[str]:
+    """The lines of the file that are not empty, bytes that are no UTF-8 as surrogate escapes."""
+    try:
+        with open(fname, encoding="utf-8", errors="surrogateescape", newline="\n") as fp:
+            return [line.rstrip("\n") for line in fp if line.strip()]
+    except FileNotFoundError:
+        return []
+
+
+def _as_line(sender: str, *fields: str) -> bytes | None:
+    """The line for the file; None where an address from hostile mail would make it another one."""
+    if sender.split() != [sender] or sender.startswith("#"):
+        return None
+    try:
+        return (" ".join((sender, *fields)) + "\n").encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return None
+
+
+@contextlib.contextmanager
+def _exclusive(fname: str, flags: int) -> Iterator[int]:
+    """The file open and locked, and certain to be the one that bears the name at that moment.
+
+    Without it a line appended between the reading and the renaming of a rewrite would be lost.
+    """
+    while True:
+        fd = os.open(fname, flags | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if _bears_name(fd, fname):
+                yield fd
+                return
+        finally:
+            os.close(fd)
+
+
+def _bears_name(fd: int, fname: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(fname))
+    except FileNotFoundError:
+        return False

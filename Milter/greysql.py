@@ -1,0 +1,136 @@
+"""Greylisting with the records in a database: SQLite, or a server that several hosts share.
+
+===================================  ==========================================================
+*dbname*                             where the records are
+===================================  ==========================================================
+a path                               a SQLite file in WAL mode (also one of an earlier version)
+``postgresql://user@host/database``  the table ``greylist`` of a PostgreSQL database; needs the
+                                     extra ``pymilter[postgresql]``
+``redis://host:port/number``         keys ``milter:greylist:…`` of a Redis server; also
+                                     ``rediss://`` and ``unix://``; needs ``pymilter[redis]``
+===================================  ==========================================================
+
+The semantics are the same everywhere.  On a server each check is one atomic step and the clock is
+the server's, so that hosts which check the same triple at the same moment agree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+from collections.abc import Iterable
+from typing import TextIO
+
+from ._greystore import Limits, Store, StoreUnavailable, Triple, read_csv, write_csv
+from ._greystore_sqlite import SQLiteStore
+
+__all__ = ["Greylist", "StoreUnavailable"]
+
+log = logging.getLogger("milter.greylist")
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# The module with the store for each scheme; what it needs is imported with it.
+_STORES = {
+    "postgresql": "_greystore_postgresql",
+    "postgres": "_greystore_postgresql",
+    "redis": "_greystore_redis",
+    "rediss": "_greystore_redis",
+    "unix": "_greystore_redis",
+}
+
+
+class Greylist:
+    """A greylist whose records are in the database *dbname*: a path or the URL of a server.
+
+    A new triple is greylisted for *grey_time* minutes (and 5 seconds of grace), may pass until
+    *grey_expire* hours after it was first seen, and once passed is remembered until it has not been
+    seen for *grey_retain* days.
+
+    Objects may be used by many threads and survive a fork; they are context managers, closed at
+    the end.  A server is asked at once whether it is there.  Raises TypeError or ValueError for
+    times that make no sense or a URL that is none, ``sqlite3.Error`` for a file that cannot be
+    opened, ``StoreUnavailable`` (an OSError) for a server that does not answer, and ImportError
+    that names the extra to install.  ``greylist_time``, ``greylist_expire`` and
+    ``greylist_retain`` hold the times in seconds.
+    """
+
+    def __init__(
+        self,
+        dbname: str | os.PathLike[str],
+        grey_time: float = 10,
+        grey_expire: float = 4,
+        grey_retain: float = 36,
+    ) -> None:
+        limits = Limits.parse(grey_time, grey_expire, grey_retain)
+        self.greylist_time, self.greylist_expire, self.greylist_retain = limits
+        self._store = _open_store(os.fspath(dbname))
+
+    def __enter__(self) -> Greylist:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def check(
+        self,
+        ip: str | bytes | None,
+        sender: str | bytes,
+        recipient: str | bytes,
+        timeinc: float = 0,
+    ) -> int:
+        """Take note of a triple and return how many of its messages were let through.
+
+        0 means greylisted: answer with a temporary failure.  *ip* is the client's address (None
+        where the MTA gave none); *timeinc* moves the clock, in seconds.
+
+        Raises TypeError for what is no address, ValueError once closed, and ``StoreUnavailable``
+        (an OSError) within seconds where the database does not answer; later calls try again.
+        """
+        triple = Triple.parse(ip, sender, recipient)
+        cnt = self._store.check(triple, self._limits(), timeinc)
+        log.debug("%s cnt=%d", triple, cnt)
+        return cnt
+
+    def clean(self, timeinc: float = 0) -> int:
+        """Remove the records not seen for *grey_retain* days; the number of them."""
+        return self._store.clean(self.greylist_retain, timeinc)
+
+    def import_csv(self, fp: Iterable[str]) -> int:
+        """Add records from CSV, as ``export_csv`` writes it; the number of lines read.
+
+        A record that the database has already is replaced where the line was seen later, so that
+        importing twice does no harm.  Raises ValueError with the number of the line in error;
+        nothing is imported then.
+        """
+        rows = list(read_csv(fp))
+        self._store.merge(rows)
+        return len(rows)
+
+    def export_csv(self, fp: TextIO) -> None:
+        """Write all records as lines ``ip,sender,recipient,firstseen,lastseen,cnt,umis``.
+
+        Addresses are quoted as by ``Milter.greylist.quoteAddress``; there is no header line.
+        """
+        write_csv(fp, self._store.rows())
+
+    def close(self) -> None:
+        """Close the database; a second call does nothing."""
+        self._store.close()
+
+    def _limits(self) -> Limits:
+        return Limits(self.greylist_time, self.greylist_expire, self.greylist_retain)
+
+
+def _open_store(dbname: str) -> Store:
+    scheme = _SCHEME.match(dbname)
+    if scheme is None:
+        return SQLiteStore(dbname)
+    name = _STORES.get(scheme[1].lower())
+    if name is None:
+        raise ValueError(
+            f"dbname must be a path or a URL of {', '.join(_STORES)}, not {scheme[0]!r}…"
+        )
+    store: Store = importlib.import_module(f"{__package__}.{name}").open_store(dbname)
+    return store
