@@ -505,7 +505,7 @@ def test_a_surrogate_that_stands_for_no_byte_in_a_body(run_filter):
         run_filter("w_scripted"), eom="attempt(lambda: ctx.replacebody('\\ud800'))"
     ) as each:
         each.message()
-    ((outcome, kinds, _),) = each.said()
+    ((_, kinds, _),) = each.said()
     assert {"error", "ValueError"} < set(kinds)
 
 
