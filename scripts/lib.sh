@@ -94,6 +94,31 @@ ensure_mtas() {
     rm -rf "$work"
 }
 
+# ensure_servers: PostgreSQL and Redis, of which the tests run instances of their own.  Neither is
+# to serve on this machine because of that, so their packages may not start nor enable anything.
+ensure_servers() {
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+    ensure_command redis-server redis-server
+    # For building the extra `policy`.
+    [ -e /usr/include/db.h ] || missing+=(libdb-dev)
+    [ "${#missing[@]}" -gt 0 ] || return 0
+    local packages=" ${missing[*]} " policy=/usr/sbin/policy-rc.d made='' sudo=()
+    if [ "$(id -u)" -ne 0 ]; then sudo=(sudo); fi
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$policy" >/dev/null
+        "${sudo[@]}" chmod 755 "$policy"
+        made=1
+    fi
+    install_missing
+    if [ -n "$made" ]; then "${sudo[@]}" rm -f "$policy"; fi
+    local service
+    for service in postgresql redis-server; do
+        if [[ $packages == *" $service "* ]] && command -v systemctl >/dev/null; then
+            "${sudo[@]}" systemctl --quiet disable "$service" 2>/dev/null || true
+        fi
+    done
+}
+
 # --- the interpreter and its virtual environment -----------------------------------------------
 
 # find_python NAME: the interpreter's own path, or nothing where NAME does not run.
