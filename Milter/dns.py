@@ -10,6 +10,7 @@ By default the servers of ``/etc/resolv.conf`` are asked, each session reading i
 from __future__ import annotations
 
 import ipaddress
+import struct
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Union
@@ -118,7 +119,7 @@ def _query_name(name: str) -> dns.name.Name | None:
         return None
     try:
         return dns.name.from_text(name)
-    except (dns.exception.DNSException, UnicodeError, IndexError):
+    except (dns.exception.DNSException, UnicodeError, IndexError, struct.error):
         return None
 
 
