@@ -26,7 +26,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from email.header import Header
 from typing import Any, Callable, Protocol, Union
 
@@ -254,17 +254,21 @@ def _system_addresses(host: str, deadline: float) -> list[str]:
     answer: queue.Queue[list[str]] = queue.Queue()
 
     def look_up() -> None:
-        try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            found = []
-        answer.put([str(info[4][0]) for info in found])
+        answer.put(_system_lookup(host))
 
     threading.Thread(target=look_up, name=f"look up {host}", daemon=True).start()
     try:
         return answer.get(timeout=_remaining(deadline))
     except queue.Empty:
         raise TimeoutError(f"looking up {host}") from None
+
+
+def _system_lookup(host: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(info[4][0]) for info in found]
 
 
 class _Delivery:
@@ -527,7 +531,7 @@ def create_msg(
     return msg
 
 
-class _Values(Mapping[str, Any]):
+class _Values:
     """The values that a template can name; text goes through ``clean``."""
 
     #: What an SPF query object calls them.
@@ -569,12 +573,6 @@ class _Values(Mapping[str, Any]):
             if hasattr(self._v, attribute):
                 return getattr(self._v, attribute)
         raise KeyError(f"template: %({name})s names no attribute of v: {self._v!r}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(vars(self._v))
-
-    def __len__(self) -> int:
-        return len(vars(self._v))
 
 
 def _header_text(text: str) -> str:
