@@ -425,7 +425,7 @@ class _Client(smtplib.SMTP):
         super().send(s)
 
     def encrypt(self, host: str) -> None:
-        """Switch to TLS and greet again.
+        """Switch to TLS and greet again; a server that changed its mind is left as it is.
 
         :raises _NoEncryption: the handshake failed
         """
@@ -434,11 +434,12 @@ class _Client(smtplib.SMTP):
         context.verify_mode = ssl.CERT_NONE
         self._host = host  # the name for SNI, which smtplib takes from here
         try:
-            code, _ = self.starttls(context=context)
+            self.starttls(context=context)
+        except smtplib.SMTPResponseException:
+            return
         except ssl.SSLError as exc:
             raise _NoEncryption from exc
-        if code == 220:
-            self.ehlo()
+        self.ehlo()
 
     def leave(self) -> None:
         """Say QUIT; whatever becomes of it, the matter is settled."""
@@ -618,9 +619,7 @@ def _set_body(msg: email.message.Message, body: str) -> None:
         except (LookupError, UnicodeError):
             charset, body = "utf-8", _clean(body)
         del msg["Content-Transfer-Encoding"], msg["MIME-Version"]
-        msg.set_payload(body, charset)
-        if "MIME-Version" not in msg:
-            msg["MIME-Version"] = "1.0"
+        msg.set_payload(body, charset)  # which puts both back
 
 
 def _set_parts(msg: email.message.Message, body: str) -> None:

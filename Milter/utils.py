@@ -350,9 +350,7 @@ def parse_addr(t: str) -> list[str]:
 
 
 #: A quoted string, an escaped character, a domain literal, white space, a special, other text.
-_TOKEN = re.compile(
-    rf'{_QUOTED}"?|\\.?|\[[^][]*\]|\s+|[()<>,;:"]|(?:[^\s()<>,;:"\\[]|\[(?![^][]*\]))+', re.DOTALL
-)
+_TOKEN = re.compile(rf'{_QUOTED}"?|\\.?|\[[^][]*\]|\s+|[()<>,;:"[]|[^\s()<>,;:"\\[]+', re.DOTALL)
 
 
 class _Mailbox:

@@ -377,6 +377,8 @@ def test_nobody_listens(port: Any) -> None:
     port(type("Closed", (), {"port": free}))
     reply = send_dsn("joe@a.test", "me.test", None, 10, Zone())
     assert reply == (450, "no mail server of a.test answers")
+    reply = send_dsn("joe@[127.0.0.1]", "me.test", None, 10, Zone())
+    assert reply == (450, "no mail server of [127.0.0.1] answers")
 
 
 def test_null_mx() -> None:
