@@ -146,6 +146,8 @@ class _Patterns:
         self._hosts: dict[tuple[str, int | None], None] = {}
         globs: list[str] = []
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f"iplist: {pattern!r} must be a str")
             text = pattern.strip().lower()
             if any(c in text for c in "*?["):
                 self._add_glob(text, globs)
@@ -290,6 +292,7 @@ def iniplist(ipaddr: str, iplist: Iterable[str]) -> bool:
     :param ipaddr: the address to look for
     :param iplist: the patterns; a str counts as a list of one
     :raises ValueError: *ipaddr* is no address, or a pattern has a bad prefix length
+    :raises TypeError: a pattern is no str
 
     >>> iniplist("192.168.0.45", ["10.0.0.0/8", "192.168.0.*"])
     True

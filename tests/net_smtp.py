@@ -104,10 +104,11 @@ class Server:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.load_cert_chain(TLS_FILE)
                 client.settimeout(10)
-                client = context.wrap_socket(client, server_side=True)
-                client.settimeout(0.2)
-                buffer.clear()
-            elif verb == "DATA" and isinstance(reply, bytes) and reply.startswith(b"354"):
+                with context.wrap_socket(client, server_side=True) as encrypted:
+                    encrypted.settimeout(0.2)
+                    self._talk(encrypted)
+                return
+            if verb == "DATA" and isinstance(reply, bytes) and reply.startswith(b"354"):
                 self.messages.append(self._message(client, buffer))
                 if not self._say(client, self.script.get(".", b"250 queued")):
                     return

@@ -9,6 +9,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from email.header import Header
 from typing import Any, Union
 
@@ -259,6 +260,11 @@ def test_a_bad_prefix_length_is_an_error(pattern: str) -> None:
     assert pattern in str(caught.value)
 
 
+def test_a_pattern_that_is_no_text_is_an_error() -> None:
+    with pytest.raises(TypeError, match="b'10.0.0.0/8' must be a str"):
+        iniplist("1.2.3.4", [b"10.0.0.0/8"])  # type: ignore[list-item]
+
+
 def test_a_list_changed_in_place_is_seen() -> None:
     patterns = ["10.0.0.0/8"]
     assert not iniplist("192.0.2.1", patterns)
@@ -276,6 +282,19 @@ def test_many_lists_stay_bounded() -> None:
         assert iniplist(f"10.{i}.2.3", patterns)
     assert len(utils._compiled) <= utils._KEPT_LISTS
     assert iniplist("10.0.2.3", lists[0])  # long forgotten, compiled again
+
+
+def test_lists_compiled_from_many_threads() -> None:
+    def check(number: int) -> bool:
+        patterns = [f"10.{number}.0.0/16"]
+        return all(
+            iniplist(f"10.{number}.{i % 256}.1", patterns)
+            and not iniplist(f"11.{number}.{i % 256}.1", patterns)
+            for i in range(200)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(check, range(200)))
 
 
 def test_any_iterable_of_patterns() -> None:
@@ -580,8 +599,8 @@ def test_hostile_input_costs_linear_time(hostile: str) -> None:
             best = min(best, time.perf_counter() - start)
         return best
 
-    n = 40_000 // len(hostile)
-    assert seconds(hostile * n * 8) < 8 * 5 * seconds(hostile * n) + 0.05
+    n = 3_000 // len(hostile)
+    assert seconds(hostile * n * 8) < 8 * 4 * seconds(hostile * n) + 0.02
 
 
 @pytest.mark.parametrize(
