@@ -34,7 +34,8 @@ class Server:
     """Answers each verb (or whole command line) with what the script says, else 250.
 
     The verbs ``banner`` and ``.`` are the greeting and the end of the message; with
-    ``handshake`` it answers a TLS handshake in plain text.
+    ``handshake`` it answers a TLS handshake in plain text, with ``body`` (STALL) it reads
+    nothing of the message.
     ``commands`` lists what clients said, ``messages`` what they sent.
     """
 
@@ -109,6 +110,9 @@ class Server:
                     self._talk(encrypted)
                 return
             if verb == "DATA" and isinstance(reply, bytes) and reply.startswith(b"354"):
+                if self.script.get("body") is STALL:
+                    self.stopped.wait(60)
+                    return
                 self.messages.append(self._message(client, buffer))
                 if not self._say(client, self.script.get(".", b"250 queued")):
                     return

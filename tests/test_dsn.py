@@ -132,6 +132,14 @@ def test_the_timeout_bounds_the_whole_call(port: Any, step: str, how: Step) -> N
     assert reply == (450, "mail servers of a.test: out of time after 0.5 s")
 
 
+def test_the_timeout_bounds_sending(port: Any) -> None:
+    with serving({"body": STALL}) as server, within(4):
+        port(server)
+        message = b"Subject: big\r\n\r\n" + (b"x" * 998 + b"\r\n") * 30_000
+        reply = send_dsn("joe@a.test", "me.test", message, 1.5, Zone())
+    assert reply == (450, "mail servers of a.test: out of time after 1.5 s")
+
+
 def test_a_late_answer_in_time(port: Any) -> None:
     late = {"banner": Late(0.2, b"220 mx.test"), "MAIL": Late(0.2, b"250 ok")}
     with serving(late) as server:
