@@ -331,10 +331,10 @@ def test_the_cache_answers_in_under_5_microseconds() -> None:
     session.cache["mail.example.com", "A"] = ["192.0.2.1"]
     best = 1.0
     for _ in range(50):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(100):
             session.dns("mail.example.com", "A")
-        best = min(best, (time.perf_counter() - start) / 100)
+        best = min(best, (time.thread_time() - start) / 100)
     assert best < 5e-6
 
 

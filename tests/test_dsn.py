@@ -21,7 +21,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 from aiosmtpd.smtp import Session as Dialogue
 from hypothesis import given
 from hypothesis import strategies as st
-from net_smtp import DRIP, DROP, STALL, TLS_FILE, Late, Server, Step, serving
+from net_smtp import DRIP, DROP, STALL, TLS_FILE, Late, Step, serving
 
 from Milter import dsn
 from Milter.dns import DNSError, Session
@@ -580,9 +580,9 @@ def test_headers_of_the_template_stay() -> None:
         "to: Joe\nFROM: us@me.test\nauto-submitted: auto-replied\nDate: today\nMessage-ID: <1>\n"
         "Content-Type: text/plain; charset=us-ascii\nX-Long: one\n two\n\nbody",
     )
-    assert [msg.get_all(name) for name in ("To", "From", "Auto-Submitted", "Date", "Message-ID")] == [
-        ["Joe"], ["us@me.test"], ["auto-replied"], ["today"], ["<1>"],
-    ]  # fmt: skip
+    names = ["To", "From", "Auto-Submitted", "Date", "Message-ID"]
+    values = ["Joe", "us@me.test", "auto-replied", "today", "<1>"]
+    assert [msg.get_all(name) for name in names] == [[value] for value in values]
     assert msg["X-Long"] == "one two"
     assert len(msg.get_all("MIME-Version", [])) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import doctest
 import email.utils
+import gc
 import ipaddress
 import socket
 import time
@@ -325,11 +326,11 @@ def test_ten_thousand_networks_in_under_100_microseconds() -> None:
     patterns += [f"2001:db8:{i:x}::/48" for i in range(5000)]
     assert not iniplist("192.0.2.1", patterns)
     best = 1.0
-    for _ in range(20):
-        start = time.perf_counter()
+    for _ in range(50):
+        start = time.thread_time()
         for _ in range(10):
             iniplist("192.0.2.1", patterns)
-        best = min(best, (time.perf_counter() - start) / 10)
+        best = min(best, (time.thread_time() - start) / 10)
     assert best < 100e-6
 
 
@@ -591,16 +592,24 @@ def test_parse_header(value: str, decoded: str) -> None:
 )
 def test_hostile_input_costs_linear_time(hostile: str) -> None:
     def seconds(text: str) -> float:
-        best = 1e9
-        for _ in range(3):
-            start = time.perf_counter()
-            parse_header(text)
-            parseaddr(text)
-            best = min(best, time.perf_counter() - start)
-        return best
+        # CPU time of this thread: what else the machine does must not count.
+        start = time.thread_time()
+        parse_header(text)
+        parseaddr(text)
+        return time.thread_time() - start
 
-    n = 3_000 // len(hostile)
-    assert seconds(hostile * n * 8) < 8 * 4 * seconds(hostile * n) + 0.02
+    n = 6_000 // len(hostile)
+    gc.disable()
+    try:
+        # Eight times the input takes eight times as long; 64 times, were it quadratic.  A
+        # disturbed measurement is no proof, so there are several.
+        ratios = (
+            seconds(hostile * n * 8) / min(max(seconds(hostile * n), 1e-5) for _ in range(3))
+            for _ in range(6)
+        )
+        assert any(ratio < 24 for ratio in ratios)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
