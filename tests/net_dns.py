@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Union
 
 import dns.flags
 import dns.message
@@ -81,7 +81,7 @@ class Server:
                     if reply:
                         client.sendall(struct.pack("!H", len(reply)) + reply)
 
-    def _reply(self, wire: bytes, protocol: str) -> Optional[bytes]:
+    def _reply(self, wire: bytes, protocol: str) -> bytes | None:
         query = dns.message.from_wire(wire)
         question = query.question[0]
         name = question.name.to_text(omit_final_dot=True)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional, Union
+from typing import Union
 
 #: Close the connection instead of answering.
 DROP = object()
@@ -123,9 +123,7 @@ class Server:
             lines.append(line[1:] if line.startswith(b".") else line)
         return b"".join(line + b"\r\n" for line in lines)
 
-    def _line(
-        self, client: socket.socket, buffer: bytearray, end: bytes = b"\r\n"
-    ) -> Optional[bytes]:
+    def _line(self, client: socket.socket, buffer: bytearray, end: bytes = b"\r\n") -> bytes | None:
         while end not in buffer:
             if self.stopped.is_set():
                 return None

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 from aiosmtpd.controller import Controller
@@ -33,7 +33,7 @@ MESSAGE = "Subject: hello\n\nbody\n"
 class Zone:
     """A DNS session made of a table; what is an exception is raised."""
 
-    def __init__(self, table: Optional[dict[tuple[str, str], Any]] = None) -> None:
+    def __init__(self, table: dict[tuple[str, str], Any] | None = None) -> None:
         self.table = {("a.test", "MX"): [(10, "mx.test")], ("mx.test", "A"): ["127.0.0.1"]}
         self.table.update(table or {})
         self.asked: list[tuple[str, str]] = []

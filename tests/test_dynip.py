@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import ipaddress
-from typing import Optional
 
 import pytest
 from hypothesis import given
@@ -16,7 +15,7 @@ from Milter.dynip import is_dynip
 
 @pytest.mark.parametrize("host", [None, "", " ", ".", "unknown", "[69.208.201.177]"])
 @pytest.mark.parametrize("addr", ["69.208.201.177", "2001:db8::1", None, ""])
-def test_no_name_is_dynamic(host: Optional[str], addr: Optional[str]) -> None:
+def test_no_name_is_dynamic(host: str | None, addr: str | None) -> None:
     assert is_dynip(host, addr)
 
 
@@ -84,7 +83,7 @@ def test_no_name_is_dynamic(host: Optional[str], addr: Optional[str]) -> None:
         ("home.ftth.example.com", None),
     ],
 )
-def test_dynamic(host: str, addr: Optional[str]) -> None:
+def test_dynamic(host: str, addr: str | None) -> None:
     assert is_dynip(host, addr)
 
 
@@ -117,7 +116,7 @@ def test_dynamic(host: str, addr: Optional[str]) -> None:
         ("mail.example.com", ""),
     ],
 )
-def test_a_name_of_its_own(host: str, addr: Optional[str]) -> None:
+def test_a_name_of_its_own(host: str, addr: str | None) -> None:
     assert not is_dynip(host, addr)
 
 

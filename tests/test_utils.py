@@ -45,7 +45,7 @@ address_like = st.text(alphabet="0123456789abcdefABCDEFg:. %\n\u0661", max_size=
 # --- addresses -----------------------------------------------------------------------------
 
 
-def standard(text: str) -> Union[Address, None]:
+def standard(text: str) -> Address | None:
     """The standard library's reading of an address; we allow no scope."""
     try:
         return None if "%" in text else ipaddress.ip_address(text)
@@ -629,7 +629,7 @@ def test_hostile_input_costs_linear_time(hostile: str) -> None:
         ("\u00e9QUI\udce9", b"AB"),
     ],
 )
-def test_decode(text: Union[str, bytes], data: bytes) -> None:
+def test_decode(text: str | bytes, data: bytes) -> None:
     assert decode(text) == data
 
 
