@@ -7,13 +7,12 @@ import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from struct import pack
 from typing import Any, Protocol
 
 # Where Berkeley DB keeps its magic number, and those of its hash and btree files.
 _BDB_MAGIC_AT = 12
-_BDB_MAGICS = {
-    number.to_bytes(4, order) for number in (0x061561, 0x053162) for order in ("big", "little")
-}
+_BDB_MAGICS = {pack(order, number) for number in (0x061561, 0x053162) for order in (">I", "<I")}
 # The kinds that do not keep to the name they are given.
 _ENDINGS = {"dbm.ndbm": (".pag", ".dir"), "dbm.dumb": (".dat", ".dir", ".bak")}
 _NO_BERKELEYDB = (

@@ -40,7 +40,7 @@ class DNSError(Exception):
     """A question that got no usable answer: a time-out, a server failure, a loop of aliases."""
 
 
-def DNSLookup(  # noqa: N802 - the published name
+def DNSLookup(
     name: str, qtype: str, resolver: dns.resolver.Resolver | None = None, timeout: float = TIMEOUT
 ) -> list[Record]:
     """Ask the name servers one question and return every record of the answer.

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, Final, Optional, Union, final
+from typing import Any, Final, final
 
 from typing_extensions import Buffer, TypeAlias
 
-_Text: TypeAlias = Union[str, bytes]
-_Callback: TypeAlias = Optional[Callable[..., Any]]
+_Text: TypeAlias = str | bytes
+_Callback: TypeAlias = Callable[..., Any] | None
 
 class error(Exception): ...
 class InvalidArgument(error, ValueError): ...

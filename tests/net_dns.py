@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Union
 
@@ -49,10 +49,8 @@ class Server:
     def close(self) -> None:
         for sock in (self.udp, self.tcp):
             # Wakes the thread that waits for it, which close() alone does not.
-            try:
+            with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         for thread in self.threads:
             thread.join(10)
         self.udp.close()

@@ -24,7 +24,7 @@ if HAVE_DNSPYTHON:
 else:  # the names that annotations and tables below mention
     Server = Zone = serving = Any
 
-    def Answer(*_args: Any, **_kwargs: Any) -> Any: ...  # noqa: N802
+    def Answer(*_args: Any, **_kwargs: Any) -> Any: ...
 
 
 ZONE: Zone = {
@@ -138,8 +138,21 @@ def test_data(session: Session, name: str, qtype: str, data: list[Any]) -> None:
 @with_dnspython
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "a..b", ".a.test", "a" * 64 + ".test", "a." * 127 + "test", "x" * 5000]
-    + ["\udce9.test", "a\\", "a\\2", "\u00fc" * 70 + ".test", "a\\999.test"],
+    [
+        "",
+        ".",
+        "..",
+        "a..b",
+        ".a.test",
+        "a" * 64 + ".test",
+        "a." * 127 + "test",
+        "x" * 5000,
+        "�.test",
+        "a\\",
+        "a\\2",
+        "ü" * 70 + ".test",
+        "a\\999.test",
+    ],
 )
 def test_names_that_cannot_exist(session: Session, server: Server, name: str) -> None:
     assert session.dns(name, "A") == []
@@ -342,7 +355,7 @@ def test_the_cache_answers_in_under_5_microseconds() -> None:
 
 
 def test_safe2cache_keeps_what_applications_know() -> None:
-    assert Session.SAFE2CACHE > {("A", "A"), ("MX", "A"), ("MX", "MX"), ("NS", "A"), ("CNAME", "A")}
+    assert {("A", "A"), ("MX", "A"), ("MX", "MX"), ("NS", "A"), ("CNAME", "A")} < Session.SAFE2CACHE
     assert not {pair for pair in Session.SAFE2CACHE if pair[0] == "PTR"} - {("PTR", "PTR")}
 
 

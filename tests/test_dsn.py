@@ -469,7 +469,7 @@ class Mailbox:
         self.envelopes: list[Envelope] = []
         self.encrypted: list[bool] = []
 
-    async def handle_RCPT(  # noqa: N802
+    async def handle_RCPT(
         self, server: SMTP, session: Dialogue, envelope: Envelope, address: str, options: list[str]
     ) -> str:
         if address.startswith("nobody"):
@@ -477,9 +477,7 @@ class Mailbox:
         envelope.rcpt_tos.append(address)
         return "250 2.1.5 ok"
 
-    async def handle_DATA(  # noqa: N802
-        self, server: SMTP, session: Dialogue, envelope: Envelope
-    ) -> str:
+    async def handle_DATA(self, server: SMTP, session: Dialogue, envelope: Envelope) -> str:
         self.envelopes.append(envelope)
         self.encrypted.append(session.ssl is not None)
         return "250 2.0.0 queued"

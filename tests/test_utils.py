@@ -119,8 +119,15 @@ def test_cidr_bounds() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["example.com", "EXAMPLE.com.", "localhost", "xn--mnchen-3ya.de", "a-b.c0m", "3com.com"]
-    + [".".join(["a" * 63] * 3) + ".com"],
+    [
+        "example.com",
+        "EXAMPLE.com.",
+        "localhost",
+        "xn--mnchen-3ya.de",
+        "a-b.c0m",
+        "3com.com",
+        ".".join(["a" * 63] * 3) + ".com",
+    ],
 )
 def test_host_names(name: str) -> None:
     assert dnsre.match(name)
@@ -128,8 +135,23 @@ def test_host_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "1.2.3.4", "a..b", ".com", "-a.com", "a-.com", "a_b.com", "ex ample.com", "*.com"]
-    + ["example.com\n", "m\u00fcnchen.de", "a" * 64 + ".com", "a." * 127 + "com", "x.\u0661com"],
+    [
+        "",
+        ".",
+        "1.2.3.4",
+        "a..b",
+        ".com",
+        "-a.com",
+        "a-.com",
+        "a_b.com",
+        "ex ample.com",
+        "*.com",
+        "example.com\n",
+        "münchen.de",
+        "a" * 64 + ".com",
+        "a." * 127 + "com",
+        "x.١com",
+    ],
 )
 def test_no_host_names(name: str) -> None:
     assert not dnsre.match(name)
@@ -252,8 +274,16 @@ def test_a_bad_address_is_an_error(ip: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["10.0.0.0/33", "10.0.0.0/", "10.0.0.0/8/4", "10.0.0.0/x", "::/129", "::/-1"]
-    + ["mail.test/129", "10.0.0.0/\u0668"],
+    [
+        "10.0.0.0/33",
+        "10.0.0.0/",
+        "10.0.0.0/8/4",
+        "10.0.0.0/x",
+        "::/129",
+        "::/-1",
+        "mail.test/129",
+        "10.0.0.0/٨",
+    ],
 )
 def test_a_bad_prefix_length_is_an_error(pattern: str) -> None:
     with pytest.raises(ValueError, match="prefix length") as caught:
@@ -470,9 +500,46 @@ def test_parseaddr_reads_what_formataddr_writes(name: str, address: str) -> None
 
 header_like = st.lists(
     st.sampled_from(
-        ["=?", "?=", "utf-8", "?q?", "?b?", "?B?", "iso-8859-1", "idna", "hex", "utf-7", "*en", "_"]
-        + ["=41", "QUI", "+2AA-", "=", " ", "\n ", "\r\n", '"', "(", ")", "<", ">", "@", ":", ","]
-        + [";", "[", "]", "\\", "a", "\u00e9", "\udce9", "\ud800", "\0", "\x85", "punycode"]
+        [
+            "=?",
+            "?=",
+            "utf-8",
+            "?q?",
+            "?b?",
+            "?B?",
+            "iso-8859-1",
+            "idna",
+            "hex",
+            "utf-7",
+            "*en",
+            "_",
+            "=41",
+            "QUI",
+            "+2AA-",
+            "=",
+            " ",
+            "\n ",
+            "\r\n",
+            '"',
+            "(",
+            ")",
+            "<",
+            ">",
+            "@",
+            ":",
+            ",",
+            ";",
+            "[",
+            "]",
+            "\\",
+            "a",
+            "é",
+            "�",
+            "�",
+            "\x00",
+            "\x85",
+            "punycode",
+        ]
     )
 ).map("".join)
 
@@ -569,8 +636,13 @@ def test_parse_header(value: str, decoded: str) -> None:
 
 @pytest.mark.parametrize(
     "hostile",
-    ["=?", "=?utf-8?q?", "=?a", "=?utf-8?b?A?=", "=?utf-8?q?a?= ", "=?utf-8?q?a?=\n"]
-    + [
+    [
+        "=?",
+        "=?utf-8?q?",
+        "=?a",
+        "=?utf-8?b?A?=",
+        "=?utf-8?q?a?= ",
+        "=?utf-8?q?a?=\n",
         "(",
         ")",
         "<",
@@ -657,12 +729,27 @@ def test_decode_undoes_base64(data: bytes) -> None:
 
 def test_star_import_gives_the_documented_names_and_no_others() -> None:
     names: dict[str, Any] = {}
-    exec("from Milter.utils import *", names)  # noqa: S102 - the statement under test
+    exec("from Milter.utils import *", names)
     del names["__builtins__"]
     assert sorted(names) == sorted(
-        ["MASK", "MASK6", "PAT_IP4", "addr2bin", "bin2long6", "cidr", "decode", "dnsre"]
-        + ["inet_ntop", "inet_pton", "iniplist", "ip4re", "ip6re", "parse_addr", "parse_header"]
-        + ["parseaddr"]
+        [
+            "MASK",
+            "MASK6",
+            "PAT_IP4",
+            "addr2bin",
+            "bin2long6",
+            "cidr",
+            "decode",
+            "dnsre",
+            "inet_ntop",
+            "inet_pton",
+            "iniplist",
+            "ip4re",
+            "ip6re",
+            "parse_addr",
+            "parse_header",
+            "parseaddr",
+        ]
     )
 
 
