@@ -134,15 +134,28 @@ class _Budget:
 
 
 _EOL = re.compile(r"\r\n|\r|\n")
-_PARAMETER = re.compile(r'(?:[^;"]+|"[^"\\]*(?:\\.[^"\\]*)*"?)+|(?=;)', re.DOTALL)
 _RFC2231_NAME = re.compile(r"([^*]*)(?:\*([0-9]*))?(\*)?\Z")
 _WORD = re.compile(r"=\?([^?\s]{1,200})\?([bBqQ])\?([^?]*)\?=")
 _WORD_GAP = re.compile(r"\?=\s+(?==\?)")
 _LOOSE_NAME = re.compile(r'name\*?[0-9]{0,4}\*?\s*=\s*"?([^";\r\n]+)', re.IGNORECASE)
 _COMMENT = re.compile(r"\([^()]*\)")
 _INTERNAL_PARAMETERS = frozenset(
-    ("boundary", "charset", "creation-date", "delsp", "format", "micalg", "modification-date")
-    + ("protocol", "read-date", "report-type", "size", "start", "start-info", "type")
+    [
+        "boundary",
+        "charset",
+        "creation-date",
+        "delsp",
+        "format",
+        "micalg",
+        "modification-date",
+        "protocol",
+        "read-date",
+        "report-type",
+        "size",
+        "start",
+        "start-info",
+        "type",
+    ]
 )
 
 
@@ -217,10 +230,7 @@ def _decode_words(text: str) -> str:
     def word(match: re.Match[str]) -> str:
         charset, kind, content = match.groups()
         data = content.encode("utf-8", "replace")
-        if kind in "bB":
-            data = _decode_base64(data)
-        else:
-            data = binascii.a2b_qp(data, header=True)
+        data = _decode_base64(data) if kind in "bB" else binascii.a2b_qp(data, header=True)
         return _to_text(data, charset.partition("*")[0])
 
     return _WORD.sub(word, _WORD_GAP.sub("?=", text))
@@ -292,8 +302,9 @@ def _header_names(text: str) -> Iterator[tuple[str, str]]:
 class _Source:
     """The bytes that a tree of messages was read from, and where each part lies in them."""
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, inserted: list[int]) -> None:
         self.raw = raw
+        self.inserted = inserted  # lines that the parser read twice
         self._placed = False
 
     def place(self, root: MimeMessage) -> None:
@@ -305,6 +316,8 @@ class _Source:
         for line in io.StringIO(_as_str(self.raw), newline=""):
             offsets.append(offsets[-1] + len(line))
         todo = [(root, len(self.raw))]
+        for index in self.inserted:
+            offsets.insert(index, offsets[index])
         while todo:
             part, end = todo.pop()
             part._span = (offsets[part._first_line], end)
@@ -342,6 +355,7 @@ class _Lines:
     def __init__(self, text: str, deadline: float) -> None:
         self._lines = io.StringIO(text, newline="").readlines()
         self.next = 0
+        self.inserted: list[int] = []
         self._deadline = deadline
         self._matchers: list[tuple[Callable[[str], object], bool]] = []
         self._blank_matchers = 0
@@ -383,14 +397,18 @@ class _Lines:
         return line
 
     def unreadline(self, line: str) -> None:
-        """Step back before the line read last, which is `line`."""
-        self.next -= 1
+        """Let `line` be read next: one step back, or for an older line one more line."""
+        if self.next and self._lines[self.next - 1] is line:
+            self.next -= 1
+        elif line:  # a "From " line at the end of the headers, which the parser takes for body
+            self._lines.insert(self.next, line)
+            self.inserted.append(self.next)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")
 
 
-class _Parser(FeedParser):  # type: ignore[type-arg]  # not generic at run time before 3.13
+class _Parser(FeedParser):
     """The standard parser, which here counts lines and parts and stops at the bounds."""
 
     _cur: Any
@@ -399,11 +417,17 @@ class _Parser(FeedParser):  # type: ignore[type-arg]  # not generic at run time 
     def __init__(self, text: str, root: MimeMessage, headers_only: bool = False) -> None:
         self._parts = 0
         self._root = root
-        super().__init__(_factory=self._make)
+        factory: Any = self._make  # called with the policy, which typeshed does not know
+        super().__init__(_factory=factory)
         self._lines = _Lines(text, time.monotonic() + MAX_SECONDS)
         self._input: Any = self._lines
         if headers_only:
             self._set_headersonly()  # type: ignore[attr-defined]
+
+    @property
+    def inserted(self) -> list[int]:
+        """The lines that were read twice."""
+        return self._lines.inserted
 
     def _make(self, policy: object) -> MimeMessage:
         return MimeMessage() if self._parts > 1 else self._root
@@ -447,21 +471,23 @@ def message_from_file(fp: BinaryIO) -> MimeMessage:
 def _parse(raw: bytes, root: MimeMessage) -> None:
     text = _as_str(raw)
     pristine = dict(root.__dict__)
+    parser = _Parser(text, root)
     try:
-        _Parser(text, root).close()
-    except Exception as exc:  # hostile mail must not stop the filter, whatever it trips over
+        parser.close()
+    except Exception as exc:  # noqa: BLE001  # hostile mail must not stop the filter, whatever
+        # part of the standard library it trips over
         limit = str(exc) if isinstance(exc, LimitExceeded) else f"cannot be parsed: {exc!r}"
         _log.warning("message: %s", limit)
         root.__dict__.clear()
         root.__dict__.update(pristine, _headers=[], defects=[])
         try:
             _Parser(text, root, headers_only=True).close()
-        except Exception:  # as above
-            _log.exception("headers cannot be parsed")
+        except Exception:  # noqa: BLE001  # as above
+            _log.warning("headers cannot be parsed", exc_info=True)
             root._headers, root._payload = [], text
         root.limit = limit
         root._last_line = 0
-    source = _Source(raw)
+    source = _Source(raw, parser.inserted)
     for part in root.walk():
         part._settle(source, root)
 
@@ -473,10 +499,12 @@ _HEADER_LINE = re.compile(r"(From |[\041-\071\073-\176]*:|[\t ])")
 _HIDDEN_PARTS = re.compile(
     r"(?:\A|[\r\n])content-(?:type|disposition|transfer-encoding)[ \t]*:", re.IGNORECASE
 )
-_UUENCODED = re.compile(r"(?:\A|[\r\n])begin [0-7]{3,4} ([^\r\n]+)(?:\r\n|\r|\n)[!-`]{5,62}(?=[\r\n])")
+_UUENCODED = re.compile(
+    r"(?:\A|[\r\n])begin [0-7]{3,4} ([^\r\n]+)(?:\r\n|\r|\n)[!-`]{5,62}(?=[\r\n])"
+)
 
 
-class MimeMessage(Message):  # type: ignore[type-arg]  # not generic at run time before 3.13
+class MimeMessage(Message):
     """A message, or a part of one, that knows whether it was modified.
 
     `fp`: a binary file to read the message from; without one the message is empty.
@@ -638,7 +666,7 @@ class MimeMessage(Message):  # type: ignore[type-arg]  # not generic at run time
     def get_payload(self, i: int | None = None, decode: bool = False) -> Any:
         """The payload, as in the standard library, also under charsets that do not exist."""
         try:
-            return super().get_payload(i, decode)
+            return super().get_payload(i, decode)  # type: ignore[call-overload]
         except (LookupError, ValueError):
             if self.is_multipart() or not isinstance(self._payload, str):
                 raise
@@ -763,7 +791,7 @@ class MimeMessage(Message):  # type: ignore[type-arg]  # not generic at run time
         types = self._raw_values("content-type")
         if not any("multipart" in value.lower() for value in types):
             return False
-        candidates = set()
+        candidates: set[str] = set()
         for value in types:
             for piece in _split_parameters(value):
                 name, equals, text = piece.partition("=")
@@ -878,7 +906,7 @@ class MimeMessage(Message):  # type: ignore[type-arg]  # not generic at run time
             known = {id(item): raw for item, raw in zip(self._seen_headers, fields)}
         lines = unixfrom
         for item in self._headers:
-            line = known.get(id(item)) or self._field(*item, newline)
+            line = known.get(id(item)) or self._field(item[0], item[1], newline)
             lines.append(line if line.endswith((b"\n", b"\r")) else line + newline)
         return b"".join(lines) + newline
 
@@ -986,7 +1014,7 @@ def _flatten_any(part: Any, newline: bytes) -> bytes:
     return data if newline == b"\n" else re.sub(rb"(?<!\r)\n", newline, data)
 
 
-class MimeGenerator(BytesGenerator):  # type: ignore[type-arg]  # not generic before 3.13
+class MimeGenerator(BytesGenerator):
     """The standard generator, which writes what was not modified as it was read.
 
     A `MimeMessage` is written as `MimeMessage.as_bytes` gives it, also within a message of
@@ -1086,7 +1114,7 @@ def _extensions(name: str) -> Iterator[str]:
         visible = "".join(c for c in reading if unicodedata.category(c) not in ("Cc", "Cf"))
         for piece in re.split(r":(?=\S)", visible):  # NTFS: name:stream
             tail = re.split(r"[/\\]", piece.rstrip(_BLANKS + "/\\\u3000\xa0"))[-1]
-            stem, dot, extension = tail.rstrip(_BLANKS).rpartition(".")
+            _, dot, extension = tail.rstrip(_BLANKS).rpartition(".")
             if dot:
                 yield "." + extension.strip().lower()
 
@@ -1118,8 +1146,13 @@ def check_ext(name: str | None) -> str | None:
 
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"PK00PK\x03\x04", b"PK\x07\x08PK\x03\x04")
 _ZIP_TYPES = frozenset(
-    ("application/zip", "application/x-zip", "application/x-zip-compressed")
-    + ("application/zip-compressed", "multipart/x-zip")
+    [
+        "application/zip",
+        "application/x-zip",
+        "application/x-zip-compressed",
+        "application/zip-compressed",
+        "multipart/x-zip",
+    ]
 )
 _UNICODE_PATH = 0x7075
 _HIDDEN_DIRECTORY = 0x2000  # flag bit 13: names masked by central directory encryption
@@ -1145,7 +1178,7 @@ def _zipnames(data: bytes, budget: _Budget) -> list[tuple[str, str]]:
         raise
     except LimitExceeded as exc:
         raise _ZipLimit(str(exc)) from exc
-    except Exception as exc:  # zipfile raises nearly anything on nearly anything
+    except Exception as exc:  # zipfile raises nearly anything on bad input
         raise zipfile.BadZipFile(f"zip cannot be read: {exc!r}") from exc
     return [("zipname", name) for name in dict.fromkeys(names)]
 
@@ -1198,12 +1231,10 @@ def _unicode_paths(extra: bytes) -> list[str]:
     return names
 
 
-def _read_member(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: _Budget
-) -> bytes | None:
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: _Budget) -> bytes | None:
     """The content of a member that is a zip itself, None for any other."""
     named = _is_zip_name(info.filename)
-    if info.is_dir() or not info.file_size and not info.compress_size:
+    if info.is_dir() or not (info.file_size or info.compress_size):
         return None
     if info.flag_bits & 1:
         if named:
@@ -1306,9 +1337,13 @@ class SGMLFilter(SGMLParser):
         return k + 1
 
 
-_INVISIBLE = dict.fromkeys(
-    [*range(0x21), *range(0x7F, 0xA1), 0xAD, *range(0x200B, 0x2010), *range(0x2028, 0x202F)]
-    + [*range(0x2060, 0x2070), 0xFEFF]
+_INVISIBLE: dict[int, None] = dict.fromkeys(
+    code
+    for first, last in (
+        *((0x00, 0x20), (0x7F, 0xA0), (0xAD, 0xAD), (0x200B, 0x200F), (0x2028, 0x202E)),
+        *((0x2060, 0x206F), (0xFEFF, 0xFEFF)),
+    )
+    for code in range(first, last + 1)
 )
 _SCRIPT_SCHEME = r"(?:javascript|vbscript|livescript|jscript|mocha):"
 _SCRIPT_URL = re.compile(rf"(?:[a-z][a-z0-9+.-]*:){{0,5}}(?:url:)?{_SCRIPT_SCHEME}")
@@ -1329,8 +1364,7 @@ _ODD_NAME = re.compile(r"[\"'<`]")
 _LOOSE_END = re.compile(r"--!>|--\s{1,100}>")
 _PLAIN_ENDTAG = re.compile(r"</[A-Za-z][A-Za-z0-9:._-]*\s*>\Z")
 _RAW_ELEMENTS = frozenset(
-    ("style", "xmp", "iframe", "noembed", "noframes", "noscript", "textarea", "title")
-    + ("plaintext",)
+    ["style", "xmp", "iframe", "noembed", "noframes", "noscript", "textarea", "title", "plaintext"]
 )
 _TEXT_ATTRIBUTES = frozenset(("alt", "title", "summary", "label", "placeholder", "abbr"))
 _LIST_ATTRIBUTES = frozenset(("content", "values", "from", "to", "by", "srcset", "archive"))
@@ -1489,9 +1523,8 @@ class HTMLScriptFilter(SGMLFilter):
     def handle_comment(self, comment: str) -> None:
         """Pass a comment on, unless it holds a script or ends in doubt."""
         source = self._source if self._source is not None else f"<!--{comment}-->"
-        if len(source) < 7 or _LOOSE_END.search(source, 4):
-            self.write(self.msg)
-        elif "<" in comment and self._vet(comment) != comment:
+        doubtful = len(source) < 7 or _LOOSE_END.search(source, 4)
+        if doubtful or ("<" in comment and self._vet(comment) != comment):
             self.write(self.msg)
         else:
             super().handle_comment(comment)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["SGMLParseError", "SGMLParser"]
 
@@ -222,7 +222,13 @@ class SGMLParser:
     entity_or_charref = re.compile("&(?:([a-zA-Z][-.a-zA-Z0-9]*)|#([0-9]+))(;?)")
     """What is replaced inside attribute values; group 1 an entity, 2 a number, 3 the ``;``."""
 
-    entitydefs = {"lt": "<", "gt": ">", "amp": "&", "quot": '"', "apos": "'"}
+    entitydefs: ClassVar[dict[str, str]] = {
+        "lt": "<",
+        "gt": ">",
+        "amp": "&",
+        "quot": '"',
+        "apos": "'",
+    }
     """The replacement text of each known entity."""
 
     _decl_otherchars = "="
@@ -515,7 +521,7 @@ class SGMLParser:
                 return self._start(i, i + 2, self.lasttag, [])
             short = _SHORTTAG.match(rawdata, i)
             if short and short.group(3):
-                self._starttag_text = self._source = short.group()
+                self._starttag_text = short.group()[: -1 - len(short.group(2))]
                 self.lasttag = short.group(1).lower()
                 self.finish_shorttag(self.lasttag, short.group(2))
                 return short.end()
