@@ -139,24 +139,10 @@ _WORD = re.compile(r"=\?([^?\s]{1,200})\?([bBqQ])\?([^?]*)\?=")
 _WORD_GAP = re.compile(r"\?=\s+(?==\?)")
 _LOOSE_NAME = re.compile(r'name\*?[0-9]{0,4}\*?\s*=\s*"?([^";\r\n]+)', re.IGNORECASE)
 _COMMENT = re.compile(r"\([^()]*\)")
-_INTERNAL_PARAMETERS = frozenset(
-    [
-        "boundary",
-        "charset",
-        "creation-date",
-        "delsp",
-        "format",
-        "micalg",
-        "modification-date",
-        "protocol",
-        "read-date",
-        "report-type",
-        "size",
-        "start",
-        "start-info",
-        "type",
-    ]
-)
+_INTERNAL_PARAMETERS = {
+    *("boundary", "charset", "creation-date", "delsp", "format", "micalg", "modification-date"),
+    *("protocol", "read-date", "report-type", "size", "start", "start-info", "type"),
+}
 
 
 def unquote(s: str) -> str:
@@ -1145,15 +1131,10 @@ def check_ext(name: str | None) -> str | None:
 
 
 _ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"PK00PK\x03\x04", b"PK\x07\x08PK\x03\x04")
-_ZIP_TYPES = frozenset(
-    [
-        "application/zip",
-        "application/x-zip",
-        "application/x-zip-compressed",
-        "application/zip-compressed",
-        "multipart/x-zip",
-    ]
-)
+_ZIP_TYPES = {
+    *("application/zip", "application/x-zip", "application/x-zip-compressed"),
+    *("application/zip-compressed", "multipart/x-zip"),
+}
 _UNICODE_PATH = 0x7075
 _HIDDEN_DIRECTORY = 0x2000  # flag bit 13: names masked by central directory encryption
 
@@ -1356,13 +1337,14 @@ _BAD_CSS = re.compile(
     r"expression\(|-moz-binding|behaviou?r:(?!none|inherit|url\([\"']?#default#)|" + _SCRIPT_SCHEME
 )
 _SUSPECT = re.compile(
-    rf"script|(?:^|[^a-z0-9_-])on[a-z]{{1,40}}=|{_SCRIPT_SCHEME}|expression\(|srcdoc|"
+    rf"script|on[a-z]{{1,40}}=|{_SCRIPT_SCHEME}|expression\(|srcdoc|"
     r"data:[^,]{0,300}(?:html|xml)"
 )
 _TAG_LIKE = re.compile(r"<[/!?]|<[A-Za-z][^<]*>|--!?\s{0,100}>")
+_HIDDEN_EVENT = re.compile(r"/on[a-z]{1,40}\s{0,20}=", re.IGNORECASE)
 _ODD_NAME = re.compile(r"[\"'<`]")
 _LOOSE_END = re.compile(r"--!>|--\s{1,100}>")
-_PLAIN_ENDTAG = re.compile(r"</[A-Za-z][A-Za-z0-9:._-]*\s*>\Z")
+_PLAIN_ENDTAG = re.compile(r"</[^<>\"'`=]*>\Z")
 _RAW_ELEMENTS = frozenset(
     ["style", "xmp", "iframe", "noembed", "noframes", "noscript", "textarea", "title", "plaintext"]
 )
@@ -1580,7 +1562,9 @@ def _safe_tag(tag: str, text: str) -> str:
         return ""
     out, pos = [], 0
     for start, end, name, value in iter_attributes(text, 1 + len(tag)):
-        if _harmful(tag, name.lower(), value):
+        # some readers take a slash as the end of an unquoted value
+        unquoted = value is not None and text[end - 1] not in "\"'"
+        if _harmful(tag, name.lower(), value) or (unquoted and _HIDDEN_EVENT.search(value or "")):
             out.append(text[pos:start].rstrip(" \t\n\r\f\v"))
             if text[end : end + 1] not in tuple(" \t\n\r\f\v/>"):
                 out.append(" ")
