@@ -651,13 +651,14 @@ class MimeMessage(Message):
 
     def get_payload(self, i: int | None = None, decode: bool = False) -> Any:
         """The payload, as in the standard library, also under charsets that do not exist."""
-        try:
-            return super().get_payload(i, decode)  # type: ignore[call-overload]
-        except (LookupError, ValueError):
-            if self.is_multipart() or not isinstance(self._payload, str):
-                raise
-            data = _as_bytes(self._payload)
-            return data if decode else data.decode("ascii", "replace")
+        payload = self._payload
+        if i is None and not decode and isinstance(payload, str) and not payload.isascii():
+            data = _as_bytes(payload)
+            try:
+                return data.decode(self.get_content_charset("ascii"), "replace")
+            except (LookupError, ValueError):
+                return data.decode("ascii", "replace")
+        return super().get_payload(i, decode)  # type: ignore[call-overload]
 
     def get_payload_decoded(self) -> bytes:
         """The content as bytes, the transfer encoding undone; empty for a multipart."""
@@ -887,12 +888,15 @@ class MimeMessage(Message):
             return head if head.endswith((b"\n", b"\r")) else head + newline + newline
         unixfrom = fields[:1] if fields[:1] and fields[0].startswith(b"From ") else []
         fields = fields[len(unixfrom) :]
-        known = {}
+        known: dict[tuple[int, int], list[bytes]] = {}
         if len(fields) == len(self._seen_headers):
-            known = {id(item): raw for item, raw in zip(self._seen_headers, fields)}
+            # the objects are the same as long as nobody sets the header anew
+            for (name, value), raw in zip(reversed(self._seen_headers), reversed(fields)):
+                known.setdefault((id(name), id(value)), []).append(raw)
         lines = unixfrom
-        for item in self._headers:
-            line = known.get(id(item)) or self._field(item[0], item[1], newline)
+        for name, value in self._headers:
+            same = known.get((id(name), id(value)))
+            line = same.pop() if same else self._field(name, value, newline)
             lines.append(line if line.endswith((b"\n", b"\r")) else line + newline)
         return b"".join(lines) + newline
 
@@ -914,12 +918,9 @@ class MimeMessage(Message):
         if self._source is not None and self._same_body() and not self._forced:
             raw = self._raw()
             _, start = self._original_head()
-            if not isinstance(payload, list) or not any(
-                not isinstance(c, MimeMessage) or c.ismodified() for c in payload
-            ):
+            if not isinstance(payload, list):
                 return raw[start:]
-            boundary = self.get_content_maintype() == "multipart"
-            if boundary == self._seen_multipart and self._boundary_kept():
+            if self._boundary_kept():
                 return self._patched(raw, start, newline)
         if isinstance(payload, list):
             return self._rebuilt(payload, newline)
@@ -927,10 +928,12 @@ class MimeMessage(Message):
         return re.sub(rb"(?<!\r)\n", b"\r\n", body) if newline == b"\r\n" else body
 
     def _boundary_kept(self) -> bool:
-        changed = [item for item in self._headers if item not in self._seen_headers]
-        return not any(name.lower() == "content-type" for name, _ in changed) and (
-            self.get("content-type") is not None or not self._seen_multipart
+        """Whether the Content-Type is the one that was read."""
+        now, seen = (
+            [value for name, value in headers if name.lower() == "content-type"]
+            for headers in (self._headers, self._seen_headers)
         )
+        return now == seen
 
     def _patched(self, raw: bytes, start: int, newline: bytes) -> bytes:
         """The body as it was read, except for the parts within that were modified."""
