@@ -600,7 +600,7 @@ class MimeMessage(Message):
             params.append((name.strip(), text.strip()))
         try:
             return email.utils.decode_params(params)
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):  # what it cannot decode stays as it is
             return params
 
     def get_param(
@@ -1658,6 +1658,7 @@ def _clean_html(data: bytes, declared: str | None, budget: _Budget) -> bytes | N
 
 
 _HTML_TYPES = frozenset(("text/html", "application/xhtml+xml", "image/svg+xml", "text/x-scriptlet"))
+_MESSAGE_EXTENSIONS = frozenset((".eml", ".mht", ".mhtml", ".nws"))
 _HTML_EXTENSIONS = frozenset((".htm", ".html", ".shtml", ".xht", ".xhtm", ".xhtml", ".svg"))
 
 
@@ -1667,17 +1668,16 @@ def _replace(msg: MimeMessage, badname: str, savname: object) -> None:
     if len(shown) > 255:  # a line of mail has at most 998 characters
         shown = shown[:255] + "..."
     text = virus_msg % (shown, socket.gethostname(), savname)
-    content_type = "text/plain; name=WARNING.TXT"
-    if not text.isascii():
-        content_type += "; charset=utf-8"
+    plain = text.isascii()
+    if not plain:
         text = _as_str(text.encode("utf-8", "replace"))
     msg.set_payload(text)
     msg.preamble = msg.epilogue = None
     msg.limit = None
     for header in ("content-type", "content-disposition", "content-transfer-encoding"):
         del msg[header]
-    msg["Content-Type"] = content_type
-    if not text.isascii() or "charset" in content_type:
+    msg["Content-Type"] = "text/plain; name=WARNING.TXT" + ("" if plain else "; charset=utf-8")
+    if not plain:
         msg["Content-Transfer-Encoding"] = "8bit"
 
 
@@ -1816,7 +1816,7 @@ class _Defang:
         try:
             self.budget.check_time()
             replaced = _check_name(msg, self.savname, self.check, self.scan_zip, self.budget)
-            replaced = replaced or self._encoded(msg, decoded)
+            replaced = replaced or self._hidden(msg, decoded)
         except LimitExceeded as exc:
             _log.warning("part removed: %s", exc)
             _replace(msg, str(exc), self.savname)
@@ -1829,33 +1829,46 @@ class _Defang:
             for child in list(msg._payload):
                 self.part(child, decoded)
 
-    def _encoded(self, msg: MimeMessage, decoded: int) -> bool:
-        """Replace a message or multipart whose bad content hides in a transfer encoding.
-
-        RFC 2045, section 6.4, forbids that, but readers decode it all the same.
-        """
-        kind = msg.get_content_maintype()
-        if kind not in ("multipart", "message") or (kind == "message" and not self.scan_rfc822):
-            return False
-        for encoding in msg._encodings():
-            body = msg._body_bytes()
-            data = _decode(body, encoding)
-            if data == body:
-                continue
+    def _hidden(self, msg: MimeMessage, decoded: int) -> bool:
+        """Replace a part whose bad content shows only to a reader that decodes more."""
+        for data, shown in self._decoded_messages(msg):
             if decoded >= MAX_ZIP_DEPTH:
-                raise LimitExceeded("encodings within each other")
+                raise LimitExceeded("messages encoded within each other")
             self.budget.unpack(len(data))
-            kinds = b"".join(
-                b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
-                for name, value in msg.raw_items()
-                if name.lower() == "content-type"
-            )
-            hidden = message_from_file(io.BytesIO(kinds + b"\n" + data))
+            hidden = message_from_file(io.BytesIO(data))
             self.part(hidden, decoded + 1)
             if hidden.ismodified():
-                _replace(msg, f"{kind} in {encoding}", self.savname)
+                _replace(msg, shown, self.savname)
                 return True
         return False
+
+    def _decoded_messages(self, msg: MimeMessage) -> Iterator[tuple[bytes, str]]:
+        """(bytes, name) of the messages that a reader might find by decoding a part.
+
+        Messages and multiparts in a transfer encoding, which RFC 2045, section 6.4, forbids but
+        readers decode all the same; and files that a reader opens as messages.
+        """
+        kind = msg.get_content_maintype()
+        if kind != "multipart" and not self.scan_rfc822:
+            return
+        if not msg.is_multipart() and isinstance(msg._payload, str):
+            for _, name in msg._getnames(False, self.budget):
+                if any(extension in _MESSAGE_EXTENSIONS for extension in _extensions(name)):
+                    for encoding in msg._encodings():
+                        yield _decode(_as_bytes(msg._payload), encoding), name
+                    break
+        if kind not in ("multipart", "message"):
+            return
+        types = b"".join(
+            b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
+            for name, value in msg.raw_items()
+            if name.lower() == "content-type"
+        )
+        body = msg._body_bytes()
+        for encoding in msg._encodings():
+            data = _decode(body, encoding)
+            if data != body:
+                yield types + b"\n" + data, f"{kind} in {encoding}"
 
 
 def defang(

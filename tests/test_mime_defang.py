@@ -87,8 +87,10 @@ def test_a_bad_part_is_replaced_by_a_warning():
         b"Subject: a\nContent-Type: text/plain; name=WARNING.TXT\n\n" + text.encode()
     )
     assert told == [
-        ("content-type", None), ("content-disposition", None),
-        ("content-transfer-encoding", None), ("content-type", "text/plain; name=WARNING.TXT"),
+        ("content-type", None),
+        ("content-disposition", None),
+        ("content-transfer-encoding", None),
+        ("content-type", "text/plain; name=WARNING.TXT"),
     ]
     assert msg.ismodified() and msg.get_param("name") == "WARNING.TXT"
 
@@ -139,7 +141,7 @@ BAD_NAMES = [
     'Content-Type: x/y; name="a b.EXE"',
     "Content-Type: x/y; NAME = a.exe",
     "Content-Type: x/y; name=\n a.exe",
-    "Content-Type: x/y; name=\"a\n .exe\"",
+    'Content-Type: x/y; name="a\n .exe"',
     "Content-Disposition: attachment; filename=a.exe",
     "Content-Disposition: attachment; filename=a.txt\nContent-Type: x/y; name=a.exe",
     "Content-Type: x/y; name=a.txt\nContent-Disposition: attachment; filename=a.exe",
@@ -155,18 +157,18 @@ BAD_NAMES = [
     "Content-Disposition: x; filename*=utf-16''%61%00%2e%00%65%00%78%00%65%00",
     "Content-Disposition: x; filename*0=a.; filename*1=exe",
     "Content-Disposition: x; filename*1=exe; filename*0=a.",
-    "Content-Disposition: x; filename*0=\"a.\"; filename*1=\"exe\"; filename=a.txt",
+    'Content-Disposition: x; filename*0="a."; filename*1="exe"; filename=a.txt',
     "Content-Disposition: x; filename*0*=utf-8''a%2E; filename*1*=ex%65",
     "Content-Disposition: x; filename*0*=utf-8''a; filename*1=.exe",
     "Content-Disposition: x; filename*0=a.; filename*2=exe",
     "Content-Disposition: x; filename*5=a.; filename*6=exe",
     "Content-Disposition: x; filename*00=a.; filename*01=exe",
     "Content-Type: x/y; name*0=a.; name*1=exe",
-    "Content-Type: x/y; name=\"=?utf-8?q?a=2Eexe?=\"",
+    'Content-Type: x/y; name="=?utf-8?q?a=2Eexe?="',
     "Content-Type: x/y; name==?UTF-8?B?YS5leGU=?=",
-    "Content-Type: x/y; name=\"=?utf-8?b?YS4=?=\n =?utf-8?b?ZXhl?=\"",
-    "Content-Type: x/y; name=\"=?nonsense*en?q?a.exe?=\"",
-    "Content-Type: x/y; name=\"=?utf-8?b?YS5leGU?=\"",
+    'Content-Type: x/y; name="=?utf-8?b?YS4=?=\n =?utf-8?b?ZXhl?="',
+    'Content-Type: x/y; name="=?nonsense*en?q?a.exe?="',
+    'Content-Type: x/y; name="=?utf-8?b?YS5leGU?="',
     'Content-Type: x/y; name="a.exe',
     'Content-Type: x/y; name="a.exe; charset=x',
     "Content-Type: x/y; name='a.exe'",
@@ -183,7 +185,7 @@ BAD_NAMES = [
     'Content-Type: x/y; name="a.txt                                 .exe"',
     f'Content-Type: x/y; name="a{RLO}txt.exe"',
     f'Content-Type: x/y; name="a{RLO}exe.txt"',
-    f"Content-Disposition: x; filename*=utf-8''a%E2%80%AEexe.txt",
+    "Content-Disposition: x; filename*=utf-8''a%E2%80%AEexe.txt",
     'Content-Type: x/y; name="a.e\u200bxe"',
     'Content-Type: x/y; name="a\uff0e\uff45\uff58\uff45"',
     'Content-Type: x/y; name="a.exe\0.txt"',
@@ -193,7 +195,7 @@ BAD_NAMES = [
     "Content-Type: x/y; name=a.exe/",
     "Content-Type: x/y; name=a%2Eexe",
     "Content-Type: x/y; name=a.{3050F4D8-98B5-11CF-BB82-00AA00BDCE0B}",
-    "Content-Type: x/y; name=\"\udcff.exe\"",
+    'Content-Type: x/y; name="\udcff.exe"',
     "Content-Type: message/rfc822; name=a.exe",
     "Content-Type: multipart/mixed; boundary=cc; name=a.exe",
 ]
@@ -236,6 +238,7 @@ def test_too_many_parameters_are_suspicious():
     assert removed(part("Content-Type: x/y" + "; a=b" * 1001))
     assert removed(part("Content-Disposition: x" + "; a=b" * 5000 + "; filename=a.exe"))
     assert not removed(part('Content-Type: x/y; name="' + ";" * 2000 + '"'))
+    assert len(read(part("Content-Type: x/y" + "; a=b" * 3000)).getnames()) == 1
 
 
 # -- structure
@@ -250,8 +253,12 @@ def test_parts_that_never_end():
 
 @pytest.mark.parametrize(
     "content_type",
-    ["multipart/mixed", "multipart/mixed; boundary=other", "multipart/mixed; boundary=",
-     "multipart/mixed; boundary=" + "x" * 2000],
+    [
+        "multipart/mixed",
+        "multipart/mixed; boundary=other",
+        "multipart/mixed; boundary=",
+        "multipart/mixed; boundary=" + "x" * 2000,
+    ],
 )
 def test_a_boundary_that_is_missing(content_type):
     raw = mixed(GOOD, part("Content-Type: x/y; name=a.exe")).replace(
@@ -337,6 +344,22 @@ def test_encodings_within_each_other_are_bounded():
     assert removed(inner)
 
 
+@pytest.mark.parametrize("name", ["a.eml", "a.MHT"])
+def test_files_that_are_messages(name):
+    for inner, gone in ((part("Content-Type: x/y; name=a.exe"), True), (GOOD, False)):
+        raw = attached(mixed(inner), name=name, kind="application/octet-stream")
+        assert removed(raw) is gone
+        assert not removed(raw, scan_rfc822=False)
+
+
+def test_a_from_line_at_the_end_of_the_headers():
+    raw = mixed(b"Subject: x\nFrom a b\n\nbody", part("Content-Type: x/y; name=a.exe"), GOOD)
+    result = defanged(raw).as_bytes()
+    assert b"--bb\nSubject: x\nFrom a b\n\nbody\n--bb\n" in result
+    assert result.endswith(GOOD + b"\n--bb--\n")
+    assert b"a.exe'" in result
+
+
 # -- bounds
 
 
@@ -365,8 +388,9 @@ def test_exceeded_bounds_are_logged(caplog):
 def test_zipnames():
     inner = zipped("b.exe", ("c.zip", zipped("d.txt")))
     names = mime.zipnames(zipped("a.txt", ("n.zip", inner), ("hidden.dat", zipped("e.bat"))))
-    assert set(names) == {("zipname", n) for n in (
-        "a.txt", "n.zip", "b.exe", "c.zip", "d.txt", "hidden.dat", "e.bat")}
+    assert set(names) == {
+        ("zipname", n) for n in ("a.txt", "n.zip", "b.exe", "c.zip", "d.txt", "hidden.dat", "e.bat")
+    }
     assert len(names) == len(set(names))
     assert mime.zipnames(zipped()) == []
     for bad in (b"", b"junk", b"PK\3\4", zipped("a")[:-5]):
@@ -384,9 +408,7 @@ def test_names_in_zips_only_on_request():
 
 def local_name_differs(name, shown):
     data = zipped(name)
-    return data[:30] + name.encode() + data[30 + len(name) :].replace(
-        name.encode(), shown.encode()
-    )
+    return data[:30] + name.encode() + data[30 + len(name) :].replace(name.encode(), shown.encode())
 
 
 def unicode_path(name):
@@ -418,8 +440,14 @@ BAD_ZIPS = {
     "deflated zip in zip": zipped(("n.zip", zipped("a.exe")), **DEFLATED),
     "zip in zip under another name": zipped(("n.dat", zipped("a.exe"))),
     "deep": zipped(("1.zip", zipped(("2.zip", zipped(("3.zip", zipped("a.exe"))))))),
-    "too deep": zipped(("1.zip", zipped(("2.zip", zipped(("3.zip", zipped(
-        ("4.zip", zipped(("5.zip", zipped("a.txt")))))))))) ),
+    "too deep": zipped(
+        (
+            "1.zip",
+            zipped(
+                ("2.zip", zipped(("3.zip", zipped(("4.zip", zipped(("5.zip", zipped("a.txt"))))))))
+            ),
+        )
+    ),
     "truncated": zipped("a.txt")[:-10],
     "cut in the middle": zipped("a.txt", content=b"x" * 1000)[:500],
     "a program under the name of a zip": b"MZ\x90\0" + b"\0" * 500,
@@ -456,9 +484,16 @@ def test_zips_under_another_name():
 
 def test_harmless_zips():
     for data in (
-        b"", b"\n", zipped(), zipped("a.txt"), zipped("a/", "b/c.txt"), zipped(("e.zip", b"")),
-        flagged(zipped("a.txt"), 1), zipped("a.txt", compression=zipfile.ZIP_LZMA),
-        zipped(("n.zip", zipped("a.txt")), **DEFLATED), unicode_path("b.txt"),
+        b"",
+        b"\n",
+        zipped(),
+        zipped("a.txt"),
+        zipped("a/", "b/c.txt"),
+        zipped(("e.zip", b"")),
+        flagged(zipped("a.txt"), 1),
+        zipped("a.txt", compression=zipfile.ZIP_LZMA),
+        zipped(("n.zip", zipped("a.txt")), **DEFLATED),
+        unicode_path("b.txt"),
     ):
         assert not removed(attached(data), scan_zip=True)
 
@@ -530,8 +565,10 @@ def test_scripts_are_removed_from_html(headers, encoding):
     "charset", ["utf-16", "utf-16-le", "utf-32", "utf-7", "iso-2022-jp", "hz", "cp037"]
 )
 def test_html_in_charsets_unlike_ascii(charset):
-    html = "<p>x<script>alert(1)</script>\u3042" if charset in ("iso-2022-jp",) else (
-        "<p>x<script>alert(1)</script>"
+    html = (
+        "<p>x<script>alert(1)</script>\u3042"
+        if charset in ("iso-2022-jp",)
+        else ("<p>x<script>alert(1)</script>")
     )
     raw = part(
         f"Content-Type: text/html; charset={charset}\nContent-Transfer-Encoding: base64",
@@ -543,23 +580,29 @@ def test_html_in_charsets_unlike_ascii(charset):
 
 def test_byte_order_marks_rule():
     for charset in ("utf-16", "utf-32"):
-        raw = part("Content-Type: text/html\nContent-Transfer-Encoding: base64",
-                   base64.encodebytes("<script>x</script>".encode(charset)))
+        raw = part(
+            "Content-Type: text/html\nContent-Transfer-Encoding: base64",
+            base64.encodebytes("<script>x</script>".encode(charset)),
+        )
         assert "script" not in defanged(raw).get_payload_decoded().decode(charset).replace(
-            mime.HTMLScriptFilter.msg, "")
+            mime.HTMLScriptFilter.msg, ""
+        )
 
 
 def test_two_transfer_encodings():
     raw = part(
         "Content-Type: text/html\nContent-Transfer-Encoding: 7bit\n"
-        "Content-Transfer-Encoding: base64", base64.encodebytes(HTML),
+        "Content-Transfer-Encoding: base64",
+        base64.encodebytes(HTML),
     )
     msg = read(raw)
     mime.check_html(msg)
     assert msg.get_all("Content-Transfer-Encoding") == ["base64"]
     assert msg.get_payload_decoded() == CLEAN
-    raw = part("Content-Type: text/html\nContent-Transfer-Encoding: (\n"
-               "Content-Transfer-Encoding: base64", HTML)
+    raw = part(
+        "Content-Type: text/html\nContent-Transfer-Encoding: (\nContent-Transfer-Encoding: base64",
+        HTML,
+    )
     msg = read(raw)
     mime.check_html(msg)
     assert msg.get_all("Content-Transfer-Encoding") == ["8bit"]
@@ -573,11 +616,13 @@ def test_other_parts_are_not_html():
 
 
 def test_html_and_names_in_one_message():
-    result = defanged(mixed(
-        part("Content-Type: text/html", HTML),
-        attached_message(mixed(part("Content-Type: text/html", HTML)), 2),
-        part("Content-Type: x/y; name=a.exe"),
-    ))
+    result = defanged(
+        mixed(
+            part("Content-Type: text/html", HTML),
+            attached_message(mixed(part("Content-Type: text/html", HTML)), 2),
+            part("Content-Type: x/y; name=a.exe"),
+        )
+    )
     assert result.as_bytes().count(CLEAN) == 2
     assert b"alert" not in result.as_bytes()
 
@@ -586,10 +631,13 @@ def test_html_and_names_in_one_message():
 
 
 def test_check_attachments():
-    msg = read(mixed(
-        GOOD, part("Content-Type: message/rfc822", part("Content-Type: x/inner")),
-        part("Content-Type: x/last"),
-    ))
+    msg = read(
+        mixed(
+            GOOD,
+            part("Content-Type: message/rfc822", part("Content-Type: x/inner")),
+            part("Content-Type: x/last"),
+        )
+    )
     seen = []
 
     def check(leaf):
@@ -614,19 +662,45 @@ def test_defang_reports_earlier_changes():
 
 # -- any tree
 
-NAMES = st.sampled_from([
-    "", "; name=a.exe", "; name=a.txt", '; name="b.scr', "; name*=x''a%2Epif", "; name*0=a; name*1=.js",
-    '; name="=?utf-8?q?a=2Evbs?="', "; name=x.zip", "; name=x.html", "; name=a.exe.; name=b",
-])
-HEADERS = st.sampled_from([
-    "", "\nContent-Disposition: attachment; filename=c.com", "\nContent-Transfer-Encoding: base64",
-    "\nContent-Disposition: x; filename*=utf-8''%61.bat", "\nContent-Type: x/y; name=d.reg",
-    "\nContent-Transfer-Encoding: quoted-printable",
-])
-BODIES = st.sampled_from([
-    b"", b"x\n", HTML, base64.encodebytes(HTML), zipped("a.exe"), base64.encodebytes(zipped("a.lnk")),
-    b"begin 644 u.exe\n#86)C\n`\nend\n", b"\xff\0\r\n", b"--bb\n", b"--other--\n", b"--bb--\n",
-])
+NAMES = st.sampled_from(
+    [
+        "",
+        "; name=a.exe",
+        "; name=a.txt",
+        '; name="b.scr',
+        "; name*=x''a%2Epif",
+        "; name*0=a; name*1=.js",
+        '; name="=?utf-8?q?a=2Evbs?="',
+        "; name=x.zip",
+        "; name=x.html",
+        "; name=a.exe.; name=b",
+    ]
+)
+HEADERS = st.sampled_from(
+    [
+        "",
+        "\nContent-Disposition: attachment; filename=c.com",
+        "\nContent-Transfer-Encoding: base64",
+        "\nContent-Disposition: x; filename*=utf-8''%61.bat",
+        "\nContent-Type: x/y; name=d.reg",
+        "\nContent-Transfer-Encoding: quoted-printable",
+    ]
+)
+BODIES = st.sampled_from(
+    [
+        b"",
+        b"x\n",
+        HTML,
+        base64.encodebytes(HTML),
+        zipped("a.exe"),
+        base64.encodebytes(zipped("a.lnk")),
+        b"begin 644 u.exe\n#86)C\n`\nend\n",
+        b"\xff\0\r\n",
+        b"--bb\n",
+        b"--other--\n",
+        b"--bb--\n",
+    ]
+)
 
 
 def leaf(draw):

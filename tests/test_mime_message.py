@@ -34,12 +34,31 @@ def only(msg, content_type):
 
 
 TOKENS = st.sampled_from(
-    [b"\n", b"\r\n", b"\r", b"--b", b"--b--", b"--c", b"\n--b\n", b"\n--c\n", b"\n--b--\n",
-     b"Content-Type: multipart/mixed; boundary=b\n", b"Content-Type: multipart/mixed\n",
-     b'Content-Type: multipart/digest; boundary="c"\r\n', b"Content-Type: message/rfc822\n",
-     b"Content-Type: message/delivery-status\n", b"Content-Type: text/html; name=a.exe\n",
-     b"Content-Transfer-Encoding: base64\n", b"Subject: x\n", b" folded\n", b"From x\n", b":bad\n",
-     b"\xff\xfe", b"\x00", b"text "]
+    [
+        b"\n",
+        b"\r\n",
+        b"\r",
+        b"--b",
+        b"--b--",
+        b"--c",
+        b"\n--b\n",
+        b"\n--c\n",
+        b"\n--b--\n",
+        b"Content-Type: multipart/mixed; boundary=b\n",
+        b"Content-Type: multipart/mixed\n",
+        b'Content-Type: multipart/digest; boundary="c"\r\n',
+        b"Content-Type: message/rfc822\n",
+        b"Content-Type: message/delivery-status\n",
+        b"Content-Type: text/html; name=a.exe\n",
+        b"Content-Transfer-Encoding: base64\n",
+        b"Subject: x\n",
+        b" folded\n",
+        b"From x\n",
+        b":bad\n",
+        b"\xff\xfe",
+        b"\x00",
+        b"text ",
+    ]
 )
 RAW = st.lists(TOKENS | TOKENS | st.binary(max_size=5), max_size=30).map(b"".join)
 
@@ -47,8 +66,15 @@ RAW = st.lists(TOKENS | TOKENS | st.binary(max_size=5), max_size=30).map(b"".joi
 def shape(msg):
     payload = msg.get_payload() if msg.is_multipart() else msg._payload
     inside = [shape(part) for part in payload] if msg.is_multipart() else payload
-    return (list(msg.raw_items()), inside, msg.preamble, msg.epilogue, msg.get_unixfrom(),
-            msg.get_content_type(), [type(d) for d in msg.defects])
+    return (
+        list(msg.raw_items()),
+        inside,
+        msg.preamble,
+        msg.epilogue,
+        msg.get_unixfrom(),
+        msg.get_content_type(),
+        [type(d) for d in msg.defects],
+    )
 
 
 @given(st.binary() | RAW)
@@ -165,8 +191,10 @@ def test_a_changed_structure_is_written_anew(change):
     assert written["Subject"] == msg["Subject"]
     if msg.get("Content-Type"):
         assert written.get_boundary() == msg.get_boundary()
-        assert written.preamble == (msg.preamble + "\n" if msg.preamble == "other" else
-                                    msg.preamble) or written.preamble.rstrip() == msg.preamble
+        assert (
+            written.preamble == (msg.preamble + "\n" if msg.preamble == "other" else msg.preamble)
+            or written.preamble.rstrip() == msg.preamble
+        )
 
 
 def test_a_boundary_that_occurs_in_a_part_is_replaced():
@@ -257,11 +285,18 @@ def test_header_changes_are_told():
     msg.add_header("Y", "z")
     msg.set_param("a", "b")
     assert told == [
-        (True, "X", "1"), (True, "Subject", None), (True, "Nowhere", None), (True, "x", "2"),
-        (True, "Y", "z"), (True, "Content-Type", None),
+        (True, "X", "1"),
+        (True, "Subject", None),
+        (True, "Nowhere", None),
+        (True, "x", "2"),
+        (True, "Y", "z"),
+        (True, "Content-Type", None),
         (True, "Content-Type", 'text/plain; a="b"'),
     ] or told[:5] == [
-        (True, "X", "1"), (True, "Subject", None), (True, "Nowhere", None), (True, "x", "2"),
+        (True, "X", "1"),
+        (True, "Subject", None),
+        (True, "Nowhere", None),
+        (True, "x", "2"),
         (True, "Y", "z"),
     ]
     with pytest.raises(KeyError):
@@ -365,8 +400,23 @@ def test_transfer_encodings(encoding, body, expected):
 
 @pytest.mark.parametrize(
     "charset",
-    ["nonsense", "base64", "undefined", "idna", "x\0y", "\xfc", "punycode", "unicode_escape",
-     "%s" * 50, "utf-16", "hz", "utf-7", "'", '"', "a" * 10000],
+    [
+        "nonsense",
+        "base64",
+        "undefined",
+        "idna",
+        "x\0y",
+        "\xfc",
+        "punycode",
+        "unicode_escape",
+        "%s" * 50,
+        "utf-16",
+        "hz",
+        "utf-7",
+        "'",
+        '"',
+        "a" * 10000,
+    ],
 )
 @pytest.mark.parametrize("form", ['charset="{}"', "charset*={}''x", "charset*0*=''{}"])
 def test_charsets_that_do_not_exist(charset, form):
@@ -390,9 +440,24 @@ def test_get_payload_keeps_the_errors_of_the_standard_library():
         read(b"\nx").get_payload(1)
 
 
+def test_several_messages_in_one_message_part():
+    part = only(read(FORWARDED), "message/rfc822")
+    part.attach(read(b"A: b\n\nc"))
+    assert part.as_bytes().endswith(b"--third--\nA: b\n\nc")
+    assert part.as_bytes().startswith(b"Content-Type: message/rfc822\n\nSubject: attached\n")
+
+
+def test_parameters_that_cannot_be_decoded_stay_as_they_are(monkeypatch):
+    def fail(params):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("email.utils.decode_params", fail)
+    assert read(b"Content-Type: a/b; c=d\n\n").get_param("c") == "d"
+
+
 def test_get_param_forms():
     msg = read(
-        b"Content-Type: text/plain; a; b=\"c;\\\"d\"; e*=utf-8'de'%C3%BC; f*0=g; f*1=h; "
+        b'Content-Type: text/plain; a; b="c;\\"d"; e*=utf-8\'de\'%C3%BC; f*0=g; f*1=h; '
         b"i*99999999=j; K = l\n\n"
     )
     assert msg.get_param("a") == ""
@@ -416,8 +481,15 @@ def test_params_agree_with_the_standard_library():
 @pytest.mark.parametrize(
     ("raw", "boundary"),
     [
-        (b'""b""', "b"), (b'"b"', "b"), (b"b", "b"), (b'"b', "b"), (b"'b'", "'b'"), (b'""', None),
-        (b"x" * 1001, None), (b"x" * 1000, "x" * 1000), (b"*=us-ascii''b%20c", None),
+        (b'""b""', "b"),
+        (b'"b"', "b"),
+        (b"b", "b"),
+        (b'"b', "b"),
+        (b"'b'", "'b'"),
+        (b'""', None),
+        (b"x" * 1001, None),
+        (b"x" * 1000, "x" * 1000),
+        (b"*=us-ascii''b%20c", None),
     ],
 )
 def test_boundaries(raw, boundary):
@@ -438,8 +510,12 @@ def test_a_boundary_quoted_twice_is_found():
 def nested(kind, depth):
     if kind == "message":
         return b"Content-Type: message/rfc822\n\n" * depth + b"\nx"
-    return b"".join(b"Content-Type: multipart/mixed; boundary=%d\n\n--%d\n" % (i, i)
-                    for i in range(depth)) + b"\nx"
+    return (
+        b"".join(
+            b"Content-Type: multipart/mixed; boundary=%d\n\n--%d\n" % (i, i) for i in range(depth)
+        )
+        + b"\nx"
+    )
 
 
 @pytest.mark.parametrize("kind", ["message", "multipart"])
@@ -524,13 +600,23 @@ def test_long_headers_take_linear_time(raw):
 
 def test_signatures():
     assert list(inspect.signature(mime.MimeMessage.get_param).parameters) == [
-        "self", "param", "failobj", "header", "unquote",
+        "self",
+        "param",
+        "failobj",
+        "header",
+        "unquote",
     ]
 
 
 def test_unquote_and_parseparam():
     assert [mime.unquote(s) for s in ('"a"', "<a>", '"a', '"a\\"b"', "'a'", "", '"')] == [
-        "a", "a", '"a', 'a"b', "'a'", "", '"',
+        "a",
+        "a",
+        '"a',
+        'a"b',
+        "'a'",
+        "",
+        '"',
     ]
     assert mime._parseparam(';a=b; C="d;e"; f;') == ["", "a=b", 'c="d;e"', "f", ""]
 

@@ -97,12 +97,14 @@ CASES = [
     ("<a b=c/d e>", [start("a", b="c/d", e="e")]),
     ("<a b = \"c\" d= 'e'f=g>", [start("a", b="c", d="e", f="g")]),
     ("<a b='x\n\ty' c=\"\">", [start("a", b="x\n\ty", c="")]),
-    ("<a b=&lt; c='&#65;&amp;#66;' d=&lt e='&x; &#300;'>",
-     [start("a", b="<", c="A&#66;", d="&lt", e="&x; &#300;")]),
+    (
+        "<a b=&lt; c='&#65;&amp;#66;' d=&lt e='&x; &#300;'>",
+        [start("a", b="<", c="A&#66;", d="&lt", e="&x; &#300;")],
+    ),
     ("<a href=foo'bar\"baz>", [start("a", href="foo'bar\"baz")]),
     ("<a b==c>", [start("a", b="=c")]),
     ('<a b="x>y" c>', [start("a", b="x>y", c="c")]),
-    ("<a \"b\" =c $ 1d e>", [start("a", e="e")]),
+    ('<a "b" =c $ 1d e>', [start("a", e="e")]),
     ("<a.b-c_d f.g-h_i:j=k>", [("start", "a.b-c_d", [("f.g-h_i:j", "k")])]),
     ("<a<b>x</a<b>", [start("a"), start("b"), ("data", "x"), ("end", "a"), start("b")]),
     ("<a b=<c>", [start("a", b=""), start("c")]),
@@ -118,22 +120,42 @@ CASES = [
     ("a<!-- b -- >c<!--d-->", [("data", "a"), ("comment", " b "), ("data", "c"), ("comment", "d")]),
     ("<!----><!--->x-->", [("comment", ""), ("comment", "->x")]),
     ("<!-- - -- - --->", [("comment", " - -- - -")]),
-    ('<!DOCTYPE a "b>c" [<!ATTLIST d e (a | b) > <!-- ] -->]>x',
-     [("decl", 'DOCTYPE a "b>c" [<!ATTLIST d e (a | b) > <!-- ] -->]'), ("data", "x")]),
+    (
+        '<!DOCTYPE a "b>c" [<!ATTLIST d e (a | b) > <!-- ] -->]>x',
+        [("decl", 'DOCTYPE a "b>c" [<!ATTLIST d e (a | b) > <!-- ] -->]'), ("data", "x")],
+    ),
     ("<!DOCTYPE a [<!ENTITY b 'c]>' - ->]>", [("decl", "DOCTYPE a [<!ENTITY b 'c]>' - ->]")]),
     ("<!doctype x -- > -- y>z", [("decl", "doctype x -- > -- y"), ("data", "z")]),
-    ('<!spacer type="block" height=25>',
-     [("unknown_decl", 'spacer type="block" height=25')]),
+    ('<!spacer type="block" height=25>', [("unknown_decl", 'spacer type="block" height=25')]),
     ("<!a 'b>c'>", [("unknown_decl", "a 'b>c'")]),
     ("<!><!->x", [("data", "x")]),
     ("<![CDATA[a]b]] ]>c", [("unknown_decl", "CDATA[a]b]"), ("data", "c")]),
     ("<![if x]>y<![endif]>", [("unknown_decl", "if x"), ("data", "y"), ("unknown_decl", "endif")]),
     ("<?pi x?>y", [("pi", "pi x?"), ("data", "y")]),
     ("</ x ></>", [("end", "x"), ("end", "")]),
-] + [(text, [("data", text)]) for text in (
-    "<", "<a", "<a b='x>", "</a", "<!", "<!-", "<!-- x --", "<!a 'b>", "<![", "<![cdata[x", "<?x",
-    "&", "&#", "&#6", "<a/b", "<!--", "<!DOCTYPE [", "<![ temp",
-)]
+] + [
+    (text, [("data", text)])
+    for text in (
+        "<",
+        "<a",
+        "<a b='x>",
+        "</a",
+        "<!",
+        "<!-",
+        "<!-- x --",
+        "<!a 'b>",
+        "<![",
+        "<![cdata[x",
+        "<?x",
+        "&",
+        "&#",
+        "&#6",
+        "<a/b",
+        "<!--",
+        "<!DOCTYPE [",
+        "<![ temp",
+    )
+]
 
 
 @pytest.mark.parametrize(("text", "expected"), CASES)
@@ -153,9 +175,40 @@ def test_events_do_not_depend_on_the_cut(text, expected, size):
 
 MARKUP = st.lists(
     st.sampled_from(
-        ["<", ">", "a", "/", "!", "--", "-", "?", "&", "#", ";", "1", '"', "'", "=", " ", "[", "]",
-         "]]>", "<!--", "<a b=", "</a>", "<![if ", "<![CDATA[", "<!doctype ", "<k>", "</k>", "\n",
-         "<lit>", "</lit>", "<d>", "é"]
+        [
+            "<",
+            ">",
+            "a",
+            "/",
+            "!",
+            "--",
+            "-",
+            "?",
+            "&",
+            "#",
+            ";",
+            "1",
+            '"',
+            "'",
+            "=",
+            " ",
+            "[",
+            "]",
+            "]]>",
+            "<!--",
+            "<a b=",
+            "</a>",
+            "<![if ",
+            "<![CDATA[",
+            "<!doctype ",
+            "<k>",
+            "</k>",
+            "\n",
+            "<lit>",
+            "</lit>",
+            "<d>",
+            "é",
+        ]
     ),
     max_size=30,
 ).map("".join)
@@ -206,13 +259,22 @@ def test_start_tag_text():
 
 def test_methods_for_tags():
     assert events("<k a=1><d/><D b></k>", Elements) == [
-        ("k", [("a", "1")]), ("d", []), ("d", [("b", "b")]), ("/k",),
+        ("k", [("a", "1")]),
+        ("d", []),
+        ("d", [("b", "b")]),
+        ("/k",),
     ]
 
 
 def test_an_end_tag_closes_what_is_open_inside():
     assert events("<k><open><k></open></k></k>", Elements) == [
-        ("k", []), ("open", []), ("k", []), ("/k",), ("end", "open"), ("/k",), ("unbalanced", "k"),
+        ("k", []),
+        ("open", []),
+        ("k", []),
+        ("/k",),
+        ("end", "open"),
+        ("/k",),
+        ("unbalanced", "k"),
     ]
     assert events("<k></>", Elements) == [("k", []), ("/k",)]
 
@@ -235,7 +297,10 @@ def test_handlers_see_tag_and_method():
 
 def test_literal_mode_ends_at_the_next_end_tag():
     assert events("<lit>a<b>&amp;<!--x-->< </b><c></lit>", Elements) == [
-        ("data", "a<b>&amp;<!--x-->< "), ("end", "b"), start("c"), ("/lit",),
+        ("data", "a<b>&amp;<!--x-->< "),
+        ("end", "b"),
+        start("c"),
+        ("/lit",),
     ]
 
 
@@ -256,7 +321,7 @@ def test_unbalanced_end_tags_are_printed_on_request(capsys):
 
 def test_conversions_can_be_overridden():
     class Parser(Recorder):
-        entitydefs = {"x": "<X>"}
+        entitydefs = {"x": "<X>"}  # noqa: RUF012
 
         def convert_charref(self, name):
             return self.convert_codepoint(int(name))
@@ -265,7 +330,8 @@ def test_conversions_can_be_overridden():
             return f"[{codepoint}]"
 
     assert events("&x;&#300;<a b='&#7;&x;'>", Parser) == [
-        ("data", "<X>[300]"), start("a", b="[7]<X>"),
+        ("data", "<X>[300]"),
+        start("a", b="[7]<X>"),
     ]
 
 
@@ -320,8 +386,12 @@ def test_base_class_ignores_everything():
 def test_printing_parser(tmp_path, capsys, monkeypatch):
     page = tmp_path / "test.html"
     page.write_text(
-        "<!doctype a><p x=y>Hi &amp; \xe9" + "z" * 80 + "</p>&nbsp;&#200;<?q?><![if b]><!--"
-        + "c" * 80 + "-->end", encoding="latin-1"
+        "<!doctype a><p x=y>Hi &amp; \xe9"
+        + "z" * 80
+        + "</p>&nbsp;&#200;<?q?><![if b]><!--"
+        + "c" * 80
+        + "-->end",
+        encoding="latin-1",
     )
     sgmllib.test([str(page)])
     printed = capsys.readouterr().out
@@ -349,9 +419,36 @@ def test_printing_parser(tmp_path, capsys, monkeypatch):
 
 
 HOSTILE = [
-    "<", "<a ", '<a "', '<a b="', "<a b='\" ", "<!--", "<!-- -", "<!", '<!"', "<![cdata[", "] ]",
-    "<![if ", "&", "&a", "&#", "&#1", '"', "-", "-- ", "</", "</a", "<?", "<a/", "<>", "<a =",
-    "<!doctype [", "<b>", "<k>", "<open></k>", " ",
+    "<",
+    "<a ",
+    '<a "',
+    '<a b="',
+    "<a b='\" ",
+    "<!--",
+    "<!-- -",
+    "<!",
+    '<!"',
+    "<![cdata[",
+    "] ]",
+    "<![if ",
+    "&",
+    "&a",
+    "&#",
+    "&#1",
+    '"',
+    "-",
+    "-- ",
+    "</",
+    "</a",
+    "<?",
+    "<a/",
+    "<>",
+    "<a =",
+    "<!doctype [",
+    "<b>",
+    "<k>",
+    "<open></k>",
+    " ",
 ]
 
 
