@@ -357,7 +357,7 @@ def test_a_from_line_at_the_end_of_the_headers():
     result = defanged(raw).as_bytes()
     assert b"--bb\nSubject: x\nFrom a b\n\nbody\n--bb\n" in result
     assert result.endswith(GOOD + b"\n--bb--\n")
-    assert b"a.exe'" in result
+    assert b"a.exe'" in result and b"name=a.exe" not in result
 
 
 # -- bounds
@@ -472,6 +472,16 @@ def test_bad_zips(data):
     assert removed(attached(data), scan_zip=True)
     assert removed(attached(data, kind="application/octet-stream"), scan_zip=True)
     assert time.process_time() - began < 20
+
+
+def test_unpacked_bytes_are_bounded(monkeypatch):
+    monkeypatch.setattr(mime, "MAX_UNPACKED", 100_000)
+    data = zipped(("n.zip", zipped("a.txt", content=b"x" * 200_000)), **DEFLATED)
+    with pytest.raises(zipfile.BadZipFile, match="unpacks to more than 100000 bytes"):
+        mime.zipnames(data)
+    halves = zipped(*[(f"{i}.zip", zipped("a.txt", content=b"x" * 60_000)) for i in (1, 2)])
+    assert removed(attached(halves), scan_zip=True)
+    assert not removed(attached(zipped("a.txt", content=b"x" * 200_000)), scan_zip=True)
 
 
 def test_zips_under_another_name():

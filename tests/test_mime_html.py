@@ -35,7 +35,7 @@ class Browser(html.parser.HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        if "script" in tag and tag != "noscript":
+        if re.sub("[^a-z:]", "", tag).rpartition(":")[2].startswith("script"):
             self.scripts.append(tag)
         for name, value in attrs:
             link = re.sub(r"[\0- ]", "", value or "").lower()
@@ -252,6 +252,14 @@ def test_attributes_are_removed_one_by_one():
     assert filtered('<a  onclick="x" HREF=y\tonload=z/>') == "<a HREF=y>"
     assert filtered('<a b="1"onclick="x"href="y">') == '<a b="1" href="y">'
     assert filtered('<a b="1"onclick=x href="y">') == '<a b="1" href="y">'
+
+
+def test_what_readers_might_cut_differently_is_removed():
+    assert filtered("<!-- -- >x-->y") == MSG + "y"
+    assert filtered("<!-- --!>y") == MSG + "y"
+    assert filtered("<!-->y") == MSG + "y"
+    assert filtered("<style><title></style>y") == f"<style>{MSG}</style>y"
+    assert filtered("<a `=x>y") == "<a>y"
 
 
 def test_msg_can_be_replaced():
