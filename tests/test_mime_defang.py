@@ -517,6 +517,8 @@ def test_many_local_headers_are_bounded():
     data = b"PK\3\4" + b"\0" * 22 + b"\1\0\0\0a"
     with pytest.raises(zipfile.BadZipFile, match="more than 10000 names"):
         mime.zipnames(data * 10_001)
+    with pytest.raises(zipfile.BadZipFile, match="more than 10000 names"):
+        mime.zipnames(b"PK\3\4" + b"PK\1\2" * 10_001)
 
 
 @given(st.binary(max_size=200), st.integers(0, 10_000), st.binary(max_size=20))

@@ -262,6 +262,19 @@ def test_what_readers_might_cut_differently_is_removed():
     assert filtered("<a `=x>y") == "<a>y"
 
 
+def test_output_comes_as_soon_as_it_can():
+    out = io.StringIO()
+    parser = mime.HTMLScriptFilter(out)
+    for piece, expected in (
+        ("a<b", "a"),
+        (">", "a<b>"),
+        ("<script>x</scr", f"a<b>{MSG}"),
+        ("ipt>y", f"a<b>{MSG}y"),
+    ):
+        parser.feed(piece)
+        assert out.getvalue() == expected
+
+
 def test_msg_can_be_replaced():
     class Mine(mime.HTMLScriptFilter):
         msg = "[gone]"
