@@ -1,0 +1,1888 @@
+"""MIME messages that can be taken apart, made harmless and written back byte for byte.
+
+`message_from_file` reads a message into a tree of `MimeMessage`, which are the standard library's
+`email.message.Message` with a memory: what nobody changed is written back exactly as it came in,
+down to the last byte, and the other parts around it too.
+
+>>> import io
+>>> raw = b'Subject:  odd   spacing\\r\\n\\tkept\\nContent-type:text/plain\\n\\nHi\\r\\n'
+>>> msg = message_from_file(io.BytesIO(raw))
+>>> msg.as_bytes() == raw, msg.ismodified()
+(True, False)
+
+`defang` replaces attachments with dangerous names by a warning and takes the scripts out of HTML.
+`check_name`, `check_html` and `check_attachments` are its steps, for filters that want their own.
+
+The input is hostile.  Everything here takes linear time (up to the nesting depth), and these
+bounds hold; a part that exceeds one counts as dangerous, is replaced by a warning that says which,
+and is logged to the logger ``mime``.  Assign to the names to change them.
+
+=================== ========= ===================================================================
+`MAX_DEPTH`         50        messages and multiparts within each other
+`MAX_PARTS`         10,000    parts of one message
+`MAX_PARAMETERS`    1,000     parameters in the Content-Type or Content-Disposition of a part
+`MAX_BOUNDARY`      1,000     characters in a boundary (RFC 2046 allows 70)
+`MAX_SECONDS`       30.0      time to read, or to check, one message
+`MAX_UNPACKED`      100 MiB   bytes unpacked from the archives of one message
+`MAX_ZIP_DEPTH`     5         zips within each other
+`MAX_ZIP_NAMES`     10,000    names in one zip
+=================== ========= ===================================================================
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import email.utils
+import html
+import io
+import logging
+import re
+import socket
+import time
+import unicodedata
+import urllib.parse
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from email.feedparser import FeedParser
+from email.generator import BytesGenerator
+from email.message import Message
+from typing import Any, BinaryIO, Protocol
+
+from Milter.sgmllib import SGMLParser, iter_attributes
+
+__all__ = [
+    "HTMLScriptFilter",
+    "MimeGenerator",
+    "MimeMessage",
+    "SGMLFilter",
+    "bad_extensions",
+    "check_attachments",
+    "check_ext",
+    "check_html",
+    "check_name",
+    "defang",
+    "message_from_file",
+    "unquote",
+    "virus_msg",
+    "zipnames",
+]
+
+MAX_DEPTH = 50
+MAX_PARTS = 10_000
+MAX_PARAMETERS = 1_000
+MAX_BOUNDARY = 1_000
+MAX_SECONDS = 30.0
+MAX_UNPACKED = 100 * 1024 * 1024
+MAX_ZIP_DEPTH = 5
+MAX_ZIP_NAMES = 10_000
+
+bad_extensions = [
+    *(".ade", ".adp", ".asd", ".asx", ".asp", ".bas", ".bat", ".chm", ".cmd", ".com", ".cpl"),
+    *(".crt", ".dll", ".exe", ".gadget", ".hlp", ".hta", ".inf", ".ins", ".isp", ".jar", ".js"),
+    *(".jse", ".lnk", ".mdb", ".mde", ".msc", ".msh", ".msi", ".msp", ".mst", ".ocx", ".pcd"),
+    *(".pif", ".ps1", ".reg", ".scf", ".scr", ".sct", ".shb", ".shs", ".url", ".vb", ".vbe"),
+    *(".vbs", ".vxd", ".wsc", ".wsf", ".wsh", ".xll"),
+]
+"""Extensions of files that a mail reader might execute, with the dot; change it in place."""
+
+virus_msg = (
+    "This message appeared to contain a virus.\n"
+    "It was originally named '%s', and has been removed.\n"
+    "A copy of your original message was saved as '%s:%s'.\n"
+    "See your administrator.\n"
+)
+"""What stands in for a removed part: % (bad name, host name, name of the saved copy)."""
+
+# SMFIS_CONTINUE of libmilter's mfapi.h, as milter.CONTINUE; written out so that reading mail
+# needs no milter connection.
+_CONTINUE = 0
+
+_log = logging.getLogger("mime")
+
+
+class LimitExceeded(Exception):
+    """Something in the message goes past one of the bounds; the text says which."""
+
+
+class _ZipLimit(zipfile.BadZipFile, LimitExceeded):
+    """An archive goes past a bound, or hides what it holds."""
+
+
+class _Budget:
+    """The time and the unpacked bytes that one check of one message may use."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + MAX_SECONDS
+        self._bytes = MAX_UNPACKED
+
+    def check_time(self) -> None:
+        """Raise LimitExceeded where the time is up."""
+        if time.monotonic() > self._deadline:
+            raise LimitExceeded(f"takes more than {MAX_SECONDS} s to check")
+
+    def unpack(self, size: int) -> None:
+        """Account for `size` unpacked bytes; raise where they are too many."""
+        self._bytes -= size
+        if self._bytes < 0:
+            raise _ZipLimit(f"unpacks to more than {MAX_UNPACKED} bytes")
+        self.check_time()
+
+
+# -- header fields
+
+
+_EOL = re.compile(r"\r\n|\r|\n")
+_RFC2231_NAME = re.compile(r"([^*]*)(?:\*([0-9]*))?(\*)?\Z")
+_WORD = re.compile(r"=\?([^?\s]{1,200})\?([bBqQ])\?([^?]*)\?=")
+_WORD_GAP = re.compile(r"\?=\s+(?==\?)")
+_LOOSE_NAME = re.compile(r'name\*?[0-9]{0,4}\*?\s*=\s*"?([^";\r\n]+)', re.IGNORECASE)
+_COMMENT = re.compile(r"\([^()]*\)")
+_INTERNAL_PARAMETERS = {
+    *("boundary", "charset", "creation-date", "delsp", "format", "micalg", "modification-date"),
+    *("protocol", "read-date", "report-type", "size", "start", "start-info", "type"),
+}
+
+
+def unquote(s: str) -> str:
+    r"""Text without the quotes or angle brackets around it, and without its backslashes.
+
+    >>> unquote('"a \\"b\\""'), unquote('<c@d>'), unquote('"half')
+    ('a "b"', 'c@d', '"half')
+    """
+    if len(s) > 1:
+        if s[0] == s[-1] == '"':
+            return re.sub(r"\\(.)", r"\1", s[1:-1], flags=re.DOTALL)
+        if s[0] == "<" and s[-1] == ">":
+            return s[1:-1]
+    return s
+
+
+def _parseparam(s: object) -> list[str]:
+    """Cut a structured header at the semicolons outside of quotes, in linear time.
+
+    >>> _parseparam('text/plain; Name="a;b"; x = y')
+    ['text/plain', 'name="a;b"', 'x=y']
+    """
+    params = []
+    for piece in _split_parameters(str(s)):
+        name, equals, value = piece.partition("=")
+        params.append(f"{name.strip().lower()}={value.strip()}" if equals else piece.strip())
+    return params
+
+
+def _split_parameters(s: str) -> Iterator[str]:
+    start = pos = 0
+    size = len(s)
+    token = _QUOTED_OR_SEMICOLON
+    while pos < size:
+        found = token.search(s, pos)
+        if found is None:
+            break
+        pos = found.end()
+        if found.group() == ";":
+            yield s[start : pos - 1]
+            start = pos
+    yield s[start:]
+
+
+_QUOTED_OR_SEMICOLON = re.compile(r';|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+
+
+def _to_text(data: bytes, charset: str = "utf-8") -> str:
+    """Bytes as text under whatever name of a charset the mail gives; never fails."""
+    for name in (charset, "utf-8"):
+        try:
+            return str(data, name)
+        except (LookupError, ValueError):  # unknown, no text encoding, or it does not fit
+            continue
+    return data.decode("latin-1")
+
+
+def _readable(value: object) -> str:
+    """A raw header value as text: bytes that stand as surrogates are decoded."""
+    text = str(value)
+    try:
+        text.encode("ascii")
+    except UnicodeEncodeError:
+        return _to_text(text.encode("utf-8", "surrogateescape"))
+    return text
+
+
+def _decode_words(text: str) -> str:
+    """Decode the RFC 2047 words in `text`, wherever they stand."""
+
+    def word(match: re.Match[str]) -> str:
+        charset, kind, content = match.groups()
+        data = content.encode("utf-8", "replace")
+        data = _decode_base64(data) if kind in "bB" else binascii.a2b_qp(data, header=True)
+        return _to_text(data, charset.partition("*")[0])
+
+    return _WORD.sub(word, _WORD_GAP.sub("?=", text))
+
+
+def _collapse(value: Any) -> str:
+    """A parameter's value as text, RFC 2231's (charset, language, text) decoded."""
+    if isinstance(value, tuple):
+        charset, _, text = value
+        data = str(text).encode("latin-1", "replace")
+        return _to_text(data, charset or "us-ascii")
+    return str(value)
+
+
+def _name_variants(value: str, extended: bool) -> Iterator[str]:
+    """The texts that a reader might make of the value of a name parameter."""
+    plain = unquote(value)
+    if extended:
+        charset, first, rest = plain.partition("'")
+        _, second, encoded = rest.partition("'")
+        if first and second:
+            yield _to_text(urllib.parse.unquote_to_bytes(encoded), charset)
+        yield _to_text(urllib.parse.unquote_to_bytes(plain))
+    yield plain
+    loose = _EOL.sub("", plain)
+    if loose != plain:
+        yield loose
+    bare = loose.strip(" \t\"'<>")
+    if bare != plain:
+        yield bare
+    if "=?" in loose:
+        yield _decode_words(loose)
+    if "(" in loose and not value.startswith('"'):
+        yield _COMMENT.sub("", loose).strip()
+
+
+def _header_names(text: str) -> Iterator[tuple[str, str]]:
+    """(parameter, value) for everything in a header that might be taken as a file's name."""
+    segments: dict[str, list[tuple[int, str, bool]]] = {}
+    for count, piece in enumerate(_split_parameters(text)):
+        if count > MAX_PARAMETERS:
+            return
+        label, equals, value = piece.partition("=")
+        if not equals:
+            continue
+        match = _RFC2231_NAME.match(label.strip().lower())
+        name = match.group(1) if match else label.strip().lower()
+        if name in _INTERNAL_PARAMETERS:
+            continue
+        extended = bool(match and (match.group(3) or match.group(2) == ""))
+        if match and match.group(2):
+            number = int(match.group(2)[:9])
+            segments.setdefault(name, []).append((number, unquote(value.strip()), extended))
+        for variant in _name_variants(value.strip(), extended):
+            yield name, variant
+    for name, found in segments.items():
+        for order in (sorted(found, key=lambda s: s[0]), found):
+            joined = "".join(text for _, text, _ in order)
+            for variant in _name_variants(joined, any(s[2] for s in order)):
+                yield name, variant
+    if text.count('"') % 2:
+        for loose in _LOOSE_NAME.finditer(text):
+            yield "name", loose.group(1).strip()
+
+
+# -- reading
+
+
+class _Source:
+    """The bytes that a tree of messages was read from, and where each part lies in them."""
+
+    def __init__(self, raw: bytes, inserted: list[int]) -> None:
+        self.raw = raw
+        self.inserted = inserted  # lines that the parser read twice
+        self._placed = False
+
+    def place(self, root: MimeMessage) -> None:
+        """Give every part that was read its place, from the lines the parser counted."""
+        if self._placed:
+            return
+        self._placed = True
+        offsets = [0]
+        for line in io.StringIO(_as_str(self.raw), newline=""):
+            offsets.append(offsets[-1] + len(line))
+        todo = [(root, len(self.raw))]
+        for index in self.inserted:
+            offsets.insert(index, offsets[index])
+        while todo:
+            part, end = todo.pop()
+            part._span = (offsets[part._first_line], end)
+            children = part._seen_payload if isinstance(part._seen_payload, tuple) else ()
+            delimited = part._seen_multipart
+            for child in children:
+                stop = min(offsets[child._last_line], end)
+                if delimited and stop < end:
+                    # RFC 2046, 5.1.1: the line end before a boundary belongs to the boundary
+                    stop -= self._eol_before(stop, offsets[child._first_line])
+                todo.append((child, stop))
+
+    def _eol_before(self, stop: int, start: int) -> int:
+        tail = self.raw[max(start, stop - 2) : stop]
+        return 2 if tail == b"\r\n" else int(tail[-1:] in (b"\r", b"\n"))
+
+
+def _as_str(raw: bytes) -> str:
+    return raw.decode("ascii", "surrogateescape")
+
+
+def _as_bytes(text: str) -> bytes:
+    try:
+        return text.encode("ascii", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape")
+
+
+class _Lines:
+    """The lines of a message, in the shape of the buffer that FeedParser reads from.
+
+    It knows which line comes next, and looks for boundaries only where one can be.
+    """
+
+    def __init__(self, text: str, deadline: float) -> None:
+        self._lines = io.StringIO(text, newline="").readlines()
+        self.next = 0
+        self.inserted: list[int] = []
+        self._deadline = deadline
+        self._matchers: list[tuple[Callable[[str], object], bool]] = []
+        self._blank_matchers = 0
+        self._looks = 0
+
+    def push_eof_matcher(self, matcher: Callable[[str], object]) -> None:
+        """Let the input end before the lines that `matcher` accepts."""
+        blank = bool(matcher("\n"))
+        self._blank_matchers += blank
+        self._matchers.append((matcher, blank))
+
+    def pop_eof_matcher(self) -> None:
+        """Forget the matcher pushed last."""
+        if self._matchers:
+            self._blank_matchers -= self._matchers.pop()[1]
+
+    def drop_eof_matchers(self) -> None:
+        """Let the input run to its real end."""
+        self._matchers.clear()
+        self._blank_matchers = 0
+
+    def close(self) -> None:
+        """There is no more input to come; there never is."""
+
+    def readline(self) -> str:
+        """The next line, '' at the end."""
+        try:
+            line = self._lines[self.next]
+        except IndexError:
+            return ""
+        if self._matchers and (line[0] == "-" or self._blank_matchers):
+            self._looks += 1
+            if not self._looks & 1023 and time.monotonic() > self._deadline:
+                raise LimitExceeded(f"takes more than {MAX_SECONDS} s to read")
+            for matcher, _ in self._matchers:
+                if matcher(line):
+                    return ""
+        self.next += 1
+        return line
+
+    def unreadline(self, line: str) -> None:
+        """Let `line` be read next: one step back, or for an older line one more line."""
+        if self.next and self._lines[self.next - 1] is line:
+            self.next -= 1
+        elif line:  # a "From " line at the end of the headers, which the parser takes for body
+            self._lines.insert(self.next, line)
+            self.inserted.append(self.next)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
+
+class _Parser(FeedParser):
+    """The standard parser, which here counts lines and parts and stops at the bounds."""
+
+    _cur: Any
+    _msgstack: list[Any]
+
+    def __init__(self, text: str, root: MimeMessage, headers_only: bool = False) -> None:
+        self._parts = 0
+        self._root = root
+        factory: Any = self._make  # called with the policy, which typeshed does not know
+        super().__init__(_factory=factory)
+        self._lines = _Lines(text, time.monotonic() + MAX_SECONDS)
+        self._input: Any = self._lines
+        if headers_only:
+            self._set_headersonly()  # type: ignore[attr-defined]
+
+    @property
+    def inserted(self) -> list[int]:
+        """The lines that were read twice."""
+        return self._lines.inserted
+
+    def _make(self, policy: object) -> MimeMessage:
+        return MimeMessage() if self._parts > 1 else self._root
+
+    def _new_message(self) -> None:
+        self._parts += 1
+        super()._new_message()  # type: ignore[misc]
+        self._cur._first_line = self._lines.next
+
+    def _pop_message(self) -> Any:
+        message = super()._pop_message()  # type: ignore[misc]
+        message._last_line = self._lines.next
+        return message
+
+    def _parsegen(self) -> Iterator[Any]:
+        if self._parts >= MAX_PARTS:
+            return self._opaque(f"more than {MAX_PARTS} parts", to_the_end=True)
+        if len(self._msgstack) >= MAX_DEPTH:
+            return self._opaque(f"more than {MAX_DEPTH} levels of nesting", to_the_end=False)
+        parse: Iterator[Any] = super()._parsegen()  # type: ignore[misc]
+        return parse
+
+    def _opaque(self, limit: str, to_the_end: bool) -> Iterator[Any]:
+        """Take what comes as one part that nobody looks into."""
+        self._new_message()
+        if to_the_end:
+            self._lines.drop_eof_matchers()
+        self._cur._payload = "".join(self._lines)
+        self._cur.limit = limit
+        yield from ()
+
+
+def message_from_file(fp: BinaryIO) -> MimeMessage:
+    """Read a message from a binary file, up to its end.
+
+    It never fails on what the message holds: what cannot be parsed is one opaque part.
+    """
+    return MimeMessage(fp)
+
+
+def _parse(raw: bytes, root: MimeMessage) -> None:
+    text = _as_str(raw)
+    pristine = dict(root.__dict__)
+    parser = _Parser(text, root)
+    try:
+        parser.close()
+    except Exception as exc:  # noqa: BLE001  # hostile mail must not stop the filter, whatever
+        # part of the standard library it trips over
+        limit = str(exc) if isinstance(exc, LimitExceeded) else f"cannot be parsed: {exc!r}"
+        _log.warning("message: %s", limit)
+        root.__dict__.clear()
+        root.__dict__.update(pristine, _headers=[], defects=[])
+        try:
+            _Parser(text, root, headers_only=True).close()
+        except Exception:  # noqa: BLE001  # as above
+            _log.warning("headers cannot be parsed", exc_info=True)
+            root._headers, root._payload = [], text
+        root.limit = limit
+        root._last_line = 0
+    source = _Source(raw, parser.inserted)
+    for part in root.walk():
+        part._settle(source, root)
+
+
+# -- messages
+
+
+_HEADER_LINE = re.compile(r"(From |[\041-\071\073-\176]*:|[\t ])")
+_HIDDEN_PARTS = re.compile(
+    r"(?:\A|[\r\n])content-(?:type|disposition|transfer-encoding)[ \t]*:", re.IGNORECASE
+)
+_UUENCODED = re.compile(
+    r"(?:\A|[\r\n])begin [0-7]{3,4} ([^\r\n]+)(?:\r\n|\r|\n)[!-`]{5,62}(?=[\r\n])"
+)
+
+
+class MimeMessage(Message):
+    """A message, or a part of one, that knows whether it was modified.
+
+    `fp`: a binary file to read the message from; without one the message is empty.
+    `seekable` is accepted for compatibility and changes nothing.
+
+    Attributes beside those of `email.message.Message`:
+
+    ``headerchange``
+        called as ``headerchange(msg, name, value)`` when a header is set, and with None as the
+        value when one is deleted; None where nobody wants to know.
+    ``limit``
+        which bound the parser met in this part (text), or None.
+    """
+
+    _headers: list[Any]
+    _payload: Any
+
+    def __init__(self, fp: BinaryIO | None = None, seekable: int = 1) -> None:
+        super().__init__()
+        self.headerchange: Callable[[MimeMessage, str, Any], object] | None = None
+        self.limit: str | None = None
+        self._forced = False
+        self._source: _Source | None = None
+        self._root: MimeMessage = self
+        self._first_line = self._last_line = 0
+        self._span = (0, 0)
+        self._remember()
+        if fp is not None:
+            data: Any = fp.read()
+            _parse(_as_bytes(data) if isinstance(data, str) else bytes(data), self)
+
+    # -- what was modified
+
+    def _settle(self, source: _Source, root: MimeMessage) -> None:
+        """The part is read: what it is like now is unmodified."""
+        self._source = source
+        self._root = root
+        self._remember()
+
+    def _remember(self) -> None:
+        payload = self._payload
+        self._seen_headers = self._headers[:]
+        self._seen_payload = tuple(payload) if isinstance(payload, list) else payload
+        self._seen_rest = (self.preamble, self.epilogue, self.get_unixfrom())
+        self._forced = False
+        self._seen_multipart = (
+            isinstance(payload, list) and self.get_content_maintype() == "multipart"
+        )
+
+    def _same_body(self) -> bool:
+        """Whether the body, the parts within aside, is the one that was read."""
+        payload = self._payload
+        seen = self._seen_payload
+        if isinstance(payload, list):
+            if not isinstance(seen, tuple) or len(payload) != len(seen):
+                return False
+            same = all(a is b for a, b in zip(payload, seen))
+        else:
+            same = payload is seen
+        return same and self._seen_rest == (self.preamble, self.epilogue, self.get_unixfrom())
+
+    @property
+    def modified(self) -> bool:
+        """Whether this part itself was modified; set it to have it written anew."""
+        return self._forced or self._headers != self._seen_headers or not self._same_body()
+
+    @modified.setter
+    def modified(self, value: bool) -> None:
+        self._forced = bool(value)
+
+    def ismodified(self) -> bool:
+        """Whether this part or any part within it was modified."""
+        return any(not isinstance(part, MimeMessage) or part.modified for part in self.walk())
+
+    def _tell(self, name: str, value: Any) -> None:
+        if self.headerchange is not None:
+            self.headerchange(self, name, value)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Add a header; the ones of the same name stay."""
+        super().__setitem__(name, value)
+        self._tell(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        """Delete all headers of that name; no error where there are none."""
+        super().__delitem__(name)
+        self._tell(name, None)
+
+    def replace_header(self, _name: str, _value: Any) -> None:
+        """Give the first header of that name another value; KeyError where there is none."""
+        super().replace_header(_name, _value)
+        self._tell(_name, _value)
+
+    # -- reading headers and content
+
+    def _get_params_preserve(self, failobj: Any, header: str) -> Any:
+        """The standard method, without its quadratic time and its failures on odd values."""
+        value = self.get(header)
+        if value is None:
+            return failobj
+        params = []
+        for piece in _parseparam(value)[: MAX_PARAMETERS + 1]:
+            name, _, text = piece.partition("=")
+            match = _RFC2231_NAME.match(name)
+            if match and match.group(2) and len(match.group(2)) > 4:
+                continue  # no sender writes ten thousand continuations
+            params.append((name.strip(), text.strip()))
+        try:
+            return email.utils.decode_params(params)
+        except (ValueError, LookupError, TypeError):  # what it cannot decode stays as it is
+            return params
+
+    def get_param(
+        self,
+        param: str,
+        failobj: Any = None,
+        header: str = "content-type",
+        unquote: bool = True,
+    ) -> Any:
+        """The value of a parameter, `failobj` where there is none.
+
+        As in the standard library: text, or (charset, language, text) for one in RFC 2231's
+        form.
+        """
+        for name, value in self._get_params_preserve([], header):
+            if name.lower() == param.lower():
+                return _unquote_value(value) if unquote else value
+        return failobj
+
+    def get_boundary(self, failobj: Any = None) -> Any:
+        """The boundary of a multipart, also where it was quoted twice.
+
+        One longer than `MAX_BOUNDARY` is none.
+        """
+        value = self.get_param("boundary")
+        if value is None:
+            return failobj
+        boundary = _collapse(value).rstrip()
+        stripped = boundary.strip('"')
+        boundary = stripped or boundary
+        return failobj if len(boundary) > MAX_BOUNDARY or not boundary else boundary
+
+    def get_filename(self, failobj: Any = None) -> Any:
+        """The file's name: Content-Disposition's filename, or else Content-Type's name."""
+        for param, header in (("filename", "content-disposition"), ("name", "content-type")):
+            value = self.get_param(param, None, header)
+            if value is not None:
+                return _collapse(value).strip()
+        return failobj
+
+    def get_content_charset(self, failobj: Any = None) -> Any:
+        """The charset parameter in lower case, `failobj` where there is none of use."""
+        value = self.get_param("charset")
+        if value is None:
+            return failobj
+        charset = _collapse(value).lower()
+        return charset if charset.isascii() else failobj
+
+    def get_payload(self, i: int | None = None, decode: bool = False) -> Any:
+        """The payload, as in the standard library, also under charsets that do not exist."""
+        payload = self._payload
+        if i is None and not decode and isinstance(payload, str) and not payload.isascii():
+            data = _as_bytes(payload)
+            try:
+                return data.decode(self.get_content_charset("ascii"), "replace")
+            except (LookupError, ValueError):
+                return data.decode("ascii", "replace")
+        return super().get_payload(i, decode)  # type: ignore[call-overload]
+
+    def get_payload_decoded(self) -> bytes:
+        """The content as bytes, the transfer encoding undone; empty for a multipart."""
+        if self.is_multipart() or self._payload is None:
+            return b""
+        return _decode(_as_bytes(str(self._payload)), self._encodings()[0])
+
+    def _encodings(self) -> list[str]:
+        """The transfer encodings that a reader might apply; more than one only by foul play."""
+        found = []
+        for value in self._raw_values("content-transfer-encoding"):
+            match = re.match(r"[\s(\"]*([A-Za-z0-9-]*)", value)
+            name = match.group(1).lower() if match else ""
+            if name not in found:
+                found.append(name)
+        return found or [""]
+
+    def _raw_values(self, name: str) -> list[str]:
+        """All values of a header, as text."""
+        return [_readable(v) for k, v in self.raw_items() if k.lower() == name]
+
+    def getencoding(self) -> str | None:
+        """The transfer encoding as the header has it, None where there is no header."""
+        value = self.get("content-transfer-encoding")
+        return None if value is None else str(value)
+
+    def getname(self) -> str | None:
+        """The name parameter of the Content-Type, None where there is none."""
+        value = self.get_param("name")
+        return None if value is None else _collapse(value)
+
+    def getparams(self) -> list[tuple[str, Any]]:
+        """The Content-Type's parameters; the first is the type itself, with an empty value."""
+        return list(self.get_params([]))
+
+    def decode(self, filt: Any) -> str | None:
+        """Write the decoded content to `filt`, a binary file; returns `getencoding`'s value."""
+        if hasattr(filt, "write"):
+            filt.write(self.get_payload_decoded())
+        return self.getencoding()
+
+    def get_submsg(self) -> Any:
+        """The message inside of a ``message/rfc822`` part, None for any other part."""
+        if self.get_content_maintype() == "message" and isinstance(self._payload, list):
+            return self._payload[0] if self._payload else None
+        return None
+
+    def getnames(self, scan_zip: bool = False) -> list[tuple[str, str]]:
+        """Every (parameter, name) that a reader might take as the name of the file.
+
+        From all Content-Type and Content-Disposition headers, in every way that their text can
+        be read (RFC 2231, RFC 2047, broken quotes), from files uuencoded into text, and with
+        `scan_zip` from inside of zips.  Raises zipfile.BadZipFile for a zip that cannot be
+        read or exceeds a bound.
+        """
+        return self._getnames(scan_zip, _Budget())
+
+    def _getnames(self, scan_zip: bool, budget: _Budget) -> list[tuple[str, str]]:
+        names: dict[tuple[str, str], None] = {}
+        for header in ("content-type", "content-disposition"):
+            for text in self._raw_values(header):
+                names.update(dict.fromkeys(_header_names(text)))
+        filename = self.get_filename()
+        if filename:
+            names["filename", filename] = None
+        if isinstance(self._payload, str) and "begin " in self._payload:
+            for found in _UUENCODED.finditer(self._payload):
+                names["uuname", found.group(1).strip()] = None
+        if scan_zip and not self.is_multipart():
+            for inner in self._zip_names([name for _, name in names], budget):
+                names[inner] = None
+        return list(names)
+
+    def _zip_names(self, names: list[str], budget: _Budget) -> list[tuple[str, str]]:
+        """The names inside of this part, where it is a zip; BadZipFile where it only says so."""
+        claims = self.get_content_type() in _ZIP_TYPES or any(map(_is_zip_name, names))
+        payload = _as_bytes(str(self._payload or ""))
+        found: list[tuple[str, str]] = []
+        for encoding in self._encodings():
+            data = _decode(payload, encoding)
+            if not data.strip():
+                continue
+            if claims:
+                found += _zipnames(data, budget)
+            elif data.startswith(_ZIP_MAGIC):
+                try:
+                    found += _zipnames(data, budget)
+                except _ZipLimit:
+                    raise
+                except zipfile.BadZipFile:
+                    pass  # neither in name nor in fact
+        return found
+
+    def suspicion(self) -> str | None:
+        """Why this part cannot be judged by its names, None where it can.
+
+        A bound that was exceeded, or a structure that readers might take differently.
+        """
+        if self.limit:
+            return self.limit
+        for header in ("content-type", "content-disposition"):
+            for text in self._raw_values(header):
+                if text.count(";") > MAX_PARAMETERS and (
+                    sum(1 for _ in _split_parameters(text)) > MAX_PARAMETERS
+                ):
+                    return f"more than {MAX_PARAMETERS} parameters"
+        payload = self._payload
+        multipart = self.get_content_maintype() == "multipart"
+        if multipart and isinstance(payload, str) and _HIDDEN_PARTS.search(payload):
+            return "multipart without its boundary"
+        if self._second_boundary():
+            return "ambiguous boundary"
+        return None
+
+    def _second_boundary(self) -> bool:
+        """Whether some other boundary than the one in use would cut the body too."""
+        types = self._raw_values("content-type")
+        if not any("multipart" in value.lower() for value in types):
+            return False
+        candidates: set[str] = set()
+        for value in types:
+            for piece in _split_parameters(value):
+                name, equals, text = piece.partition("=")
+                if equals and name.strip().lower().startswith("boundary"):
+                    extended = "*" in name
+                    candidates.update(v.strip() for v in _name_variants(text.strip(), extended))
+        used = self.get_boundary() if self._seen_multipart else None
+        others = {_as_bytes(c) for c in candidates if c and c != used}
+        if not others:
+            return False
+        lines = {line.rstrip() for line in re.split(rb"[\r\n]+", self._body_bytes())}
+        return any(b"--" + other in lines for other in others)
+
+    def _body_bytes(self) -> bytes:
+        """The body as it would be written."""
+        return self._body(_newline(self))
+
+    # -- modifying and writing
+
+    def set_payload(self, val: Any, charset: Any = None) -> None:
+        """Set the payload: text, bytes, or a list of messages.
+
+        Text beyond ASCII is encoded in the declared charset, UTF-8 where there is none.
+        """
+        self._forced = True
+        if isinstance(val, (bytes, bytearray)):
+            val = _as_str(bytes(val))
+        elif isinstance(val, str) and charset is None and not val.isascii():
+            val = self._encode_text(val)
+        super().set_payload(val, charset)
+
+    def _encode_text(self, text: str) -> str:
+        try:
+            text.encode("ascii", "surrogateescape")
+            return text
+        except UnicodeEncodeError:
+            pass
+        declared = self.get_content_charset()
+        try:
+            return _as_str(text.encode(declared or "utf-8"))
+        except (LookupError, ValueError):
+            declared = None
+        finally:
+            if declared is None:
+                self.set_param("charset", "utf-8")
+        return _as_str(text.encode("utf-8", "surrogateescape"))
+
+    def as_bytes(self, unixfrom: bool = False, policy: Any = None) -> bytes:
+        """The whole message as bytes; what was not modified exactly as it was read.
+
+        `unixfrom`: begin with a ``From `` line where there is none.  A `policy` makes the
+        standard generator write everything anew.
+        """
+        if policy is not None:
+            return super().as_bytes(unixfrom, policy)
+        data = self._flatten(_newline(self))
+        if unixfrom and not data.startswith(b"From "):
+            line = self.get_unixfrom() or "From nobody " + time.ctime()
+            data = _as_bytes(line) + _newline(self) + data
+        return data
+
+    def dump(self, file: BinaryIO, unixfrom: bool = False) -> None:
+        """Write the message to a binary file, as `as_bytes` gives it."""
+        file.write(self.as_bytes(unixfrom))
+
+    def _raw(self) -> bytes:
+        """The bytes that this part was read from."""
+        if self._source is None:
+            return b""
+        if self._root is self:
+            return self._source.raw
+        self._source.place(self._root)
+        return self._source.raw[slice(*self._span)]
+
+    def _flatten(self, newline: bytes) -> bytes:
+        if self._source is not None and not self.ismodified():
+            return self._raw()
+        body = self._body(newline)  # first: it may have to change the boundary
+        return self._head(newline) + body
+
+    def _original_head(self) -> tuple[list[bytes], int]:
+        """The header fields that were read, as they stand, and where the body begins.
+
+        The list does not match the headers where the parser had to mend them.
+        """
+        fields: list[bytes] = []
+        raw = self._raw()
+        size = 0
+        for line in io.StringIO(_as_str(raw), newline=""):
+            if not _HEADER_LINE.match(line):
+                if line[0] in "\r\n":
+                    size += len(line)
+                break
+            piece = raw[size : size + len(line)]
+            size += len(line)
+            if line[0] in " \t" and fields:
+                fields[-1] += piece
+            else:
+                fields.append(piece)
+        return fields, size
+
+    def _head(self, newline: bytes) -> bytes:
+        """The header and the empty line after it."""
+        fields, size = self._original_head()
+        if self._source is not None and self._headers == self._seen_headers and fields:
+            head = self._raw()[:size]
+            return head if head.endswith((b"\n", b"\r")) else head + newline + newline
+        unixfrom = fields[:1] if fields[:1] and fields[0].startswith(b"From ") else []
+        fields = fields[len(unixfrom) :]
+        known: dict[tuple[int, int], list[bytes]] = {}
+        if len(fields) == len(self._seen_headers):
+            # the objects are the same as long as nobody sets the header anew
+            for (name, value), raw in zip(reversed(self._seen_headers), reversed(fields)):
+                known.setdefault((id(name), id(value)), []).append(raw)
+        lines = unixfrom
+        for name, value in self._headers:
+            same = known.get((id(name), id(value)))
+            line = same.pop() if same else self._field(name, value, newline)
+            lines.append(line if line.endswith((b"\n", b"\r")) else line + newline)
+        return b"".join(lines) + newline
+
+    def _field(self, name: str, value: Any, newline: bytes) -> bytes:
+        """A header field as a line, or as several folded ones."""
+        try:
+            data: bytes = self.policy.fold_binary(name, value)
+        except (ValueError, LookupError, email.errors.MessageError):
+            data = b""
+        lines = data.splitlines()
+        if not lines or any(line[:1] not in b" \t" or not line.strip() for line in lines[1:]):
+            # a value that would begin another field, or end the header
+            value = re.sub(r"[\r\n]+[ \t]*", " ", str(value))
+            lines = [_as_bytes(f"{name}: {value}")]
+        return newline.join(lines) + newline
+
+    def _body(self, newline: bytes) -> bytes:
+        payload = self._payload
+        if self._source is not None and self._same_body() and not self._forced:
+            raw = self._raw()
+            _, start = self._original_head()
+            if not isinstance(payload, list):
+                return raw[start:]
+            if self._boundary_kept():
+                return self._patched(raw, start, newline)
+        if isinstance(payload, list):
+            return self._rebuilt(payload, newline)
+        body = _as_bytes(str(payload)) if payload is not None else b""
+        return re.sub(rb"(?<!\r)\n", b"\r\n", body) if newline == b"\r\n" else body
+
+    def _boundary_kept(self) -> bool:
+        """Whether the Content-Type is the one that was read."""
+        now, seen = (
+            [value for name, value in headers if name.lower() == "content-type"]
+            for headers in (self._headers, self._seen_headers)
+        )
+        return now == seen
+
+    def _patched(self, raw: bytes, start: int, newline: bytes) -> bytes:
+        """The body as it was read, except for the parts within that were modified."""
+        assert self._source is not None
+        self._source.place(self._root)
+        base, end = self._span if self._root is not self else (0, len(raw))
+        pieces = []
+        pos = base + start
+        source = self._source.raw
+        for child in self._payload:
+            first, last = child._span
+            pieces.append(source[pos:first])
+            data = child._flatten(newline)
+            if self.get_content_type() == "message/delivery-status" and child.ismodified():
+                data = data[: -len(newline)]  # the empty line stands between the blocks
+            pieces.append(data)
+            pos = last
+        pieces.append(source[pos:end])
+        return b"".join(pieces)
+
+    def _rebuilt(self, parts: list[Any], newline: bytes) -> bytes:
+        """The body made anew from `parts`."""
+        pieces = [_flatten_any(part, newline) for part in parts]
+        if self.get_content_maintype() == "message":
+            return newline.join(pieces)
+        if self.get_content_maintype() != "multipart":
+            self.set_type("multipart/mixed")
+        boundary = self.get_boundary()
+        if boundary is None or any(b"--" + _as_bytes(boundary) in piece for piece in pieces):
+            boundary = "=" + uuid.uuid4().hex + "="
+            self.set_boundary(boundary)
+        mark = b"--" + _as_bytes(boundary)
+        out = [_as_bytes(self.preamble) + newline] if self.preamble else []
+        for piece in pieces:
+            out += [mark, newline, piece, newline]
+        out += [mark, b"--", newline, _as_bytes(self.epilogue or "")]
+        return b"".join(out)
+
+    # Old spellings of what the standard library has under another name today.
+    getfilename = get_filename
+    ismultipart = Message.is_multipart
+    getheaders = Message.get_all
+    gettype = Message.get_content_type
+    getparam = get_param
+
+
+def _unquote_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return value[0], value[1], email.utils.unquote(value[2])
+    return email.utils.unquote(value)
+
+
+def _newline(msg: MimeMessage) -> bytes:
+    """The line end that the message uses: that of the first line of what was read."""
+    source = msg._source
+    if source is None:
+        return b"\n"
+    first = source.raw.find(b"\n")
+    return b"\r\n" if first > 0 and source.raw[first - 1 : first] == b"\r" else b"\n"
+
+
+def _flatten_any(part: Any, newline: bytes) -> bytes:
+    """A message of any class as bytes."""
+    if isinstance(part, MimeMessage):
+        return part._flatten(newline)
+    data: bytes = part.as_bytes()
+    return data if newline == b"\n" else re.sub(rb"(?<!\r)\n", newline, data)
+
+
+class MimeGenerator(BytesGenerator):
+    """The standard generator, which writes what was not modified as it was read.
+
+    A `MimeMessage` is written as `MimeMessage.as_bytes` gives it, also within a message of
+    another class.
+    """
+
+    _fp: Any
+
+    def _write(self, msg: Any) -> None:
+        if isinstance(msg, MimeMessage):
+            self._fp.write(msg.as_bytes())
+        else:
+            super()._write(msg)  # type: ignore[misc]
+
+    def _dispatch(self, msg: Any) -> None:
+        """Write the body of a message."""
+        if isinstance(msg, MimeMessage):
+            self._fp.write(msg._body_bytes())
+        else:
+            super()._dispatch(msg)  # type: ignore[misc]
+
+
+# -- transfer encodings
+
+
+def _decode_base64(data: bytes) -> bytes:
+    """Decode base64 as the most forgiving reader would: any junk, any padding."""
+    out = []
+    for run in re.split(rb"=[=\s]*", re.sub(rb"[^A-Za-z0-9+/=]+", b"", data)):
+        run = run[: len(run) - (len(run) % 4 == 1)]
+        out.append(binascii.a2b_base64(run + b"=" * (-len(run) % 4)))
+    return b"".join(out)
+
+
+def _decode_uu(data: bytes) -> bytes:
+    out = []
+    inside = False
+    for line in data.splitlines():
+        if not inside:
+            inside = line.startswith(b"begin ")
+        elif line.strip() in (b"end", b"`"):
+            inside = False
+        else:
+            try:
+                out.append(binascii.a2b_uu(line))
+            except binascii.Error:
+                length = (((line[0] - 32) & 63) * 4 + 5) // 3  # too long a line: what counts
+                try:
+                    out.append(binascii.a2b_uu(line[:length]))
+                except binascii.Error:
+                    continue
+    return b"".join(out)
+
+
+def _decode(data: bytes, encoding: str) -> bytes:
+    """Undo the transfer encoding (RFC 2045, section 6)."""
+    if encoding == "base64":
+        return _decode_base64(data)
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(data)
+    if encoding in ("x-uuencode", "uuencode", "uue", "x-uue"):
+        return _decode_uu(data)
+    return data
+
+
+def _encode(data: bytes, encoding: str) -> bytes:
+    """Apply the transfer encoding."""
+    if encoding == "base64":
+        return base64.encodebytes(data)
+    if encoding == "quoted-printable":
+        return binascii.b2a_qp(data)
+    return data
+
+
+# -- names
+
+
+_OVERRIDES = re.compile("[\u202d\u202e\u2066-\u2068]")
+_BLANKS = " \t\r\n.\"'<>;,"
+_CLSID = re.compile(r"\{[0-9a-f-]+\}?\Z")
+
+
+def _name_readings(name: str) -> Iterator[str]:
+    """The names that a system might make of `name` when it writes the file."""
+    yield name
+    if "\0" in name:
+        yield name.partition("\0")[0]
+    if "%" in name:
+        yield urllib.parse.unquote(name)
+    if not name.isascii():
+        yield unicodedata.normalize("NFKC", name)
+
+
+def _extensions(name: str) -> Iterator[str]:
+    """The extensions, with the dot and in lower case, that a system might see in `name`."""
+    for reading in _name_readings(name):
+        visible = "".join(c for c in reading if unicodedata.category(c) not in ("Cc", "Cf"))
+        for piece in re.split(r":(?=\S)", visible):  # NTFS: name:stream
+            tail = re.split(r"[/\\]", piece.rstrip(_BLANKS + "/\\\u3000\xa0"))[-1]
+            _, dot, extension = tail.rstrip(_BLANKS).rpartition(".")
+            if dot:
+                yield "." + extension.strip().lower()
+
+
+def check_ext(name: str | None) -> str | None:
+    """`name` where its extension is in `bad_extensions`, else None ('' for '').
+
+    Looks through what hides an extension: trailing dots and blanks, invisible and control
+    characters, compatibility forms, alternate streams.  A name that reverses the direction of
+    writing is bad in itself.
+
+    >>> check_ext('picture.gif.EXE . ')
+    'picture.gif.EXE . '
+    >>> check_ext('report.pdf')
+    """
+    if not name:
+        return name
+    if _OVERRIDES.search(name):
+        return name
+    bad = set(bad_extensions)
+    for extension in _extensions(name):
+        if extension in bad or extension[1:] in bad or _CLSID.match(extension, 1):
+            return name
+    return None
+
+
+# -- zips
+
+
+_ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06", b"PK00PK\x03\x04", b"PK\x07\x08PK\x03\x04")
+_ZIP_TYPES = {
+    *("application/zip", "application/x-zip", "application/x-zip-compressed"),
+    *("application/zip-compressed", "multipart/x-zip"),
+}
+_UNICODE_PATH = 0x7075
+_HIDDEN_DIRECTORY = 0x2000  # flag bit 13: names masked by central directory encryption
+
+
+def _is_zip_name(name: str) -> bool:
+    return any(extension == ".zip" for extension in _extensions(name))
+
+
+def zipnames(txt: bytes) -> list[tuple[str, str]]:
+    """``("zipname", name)`` for each name inside of a zip, zips in it included.
+
+    Raises zipfile.BadZipFile where it cannot be read, or goes past a bound.
+    """
+    return _zipnames(txt, _Budget())
+
+
+def _zipnames(data: bytes, budget: _Budget) -> list[tuple[str, str]]:
+    names: list[str] = []
+    try:
+        _scan_zip(data, 1, names, budget)
+    except zipfile.BadZipFile:
+        raise
+    except LimitExceeded as exc:
+        raise _ZipLimit(str(exc)) from exc
+    except Exception as exc:  # zipfile raises nearly anything on bad input
+        raise zipfile.BadZipFile(f"zip cannot be read: {exc!r}") from exc
+    return [("zipname", name) for name in dict.fromkeys(names)]
+
+
+def _scan_zip(data: bytes, depth: int, names: list[str], budget: _Budget) -> None:
+    if depth > MAX_ZIP_DEPTH:
+        raise _ZipLimit(f"more than {MAX_ZIP_DEPTH} zips within each other")
+    if not data.startswith(_ZIP_MAGIC):
+        raise zipfile.BadZipFile("does not begin as a zip does")
+    if data.count(b"PK\x01\x02") + len(names) > MAX_ZIP_NAMES:
+        raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
+    names.extend(_local_names(data))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for info in archive.infolist():
+            if info.flag_bits & _HIDDEN_DIRECTORY:
+                raise _ZipLimit("names are encrypted")
+            names.append(info.filename)
+            if info.orig_filename != info.filename:
+                names.append(info.orig_filename)
+            names.extend(_unicode_paths(info.extra))
+            budget.check_time()
+            member = _read_member(archive, info, budget)
+            if member is not None:
+                _scan_zip(member, depth + 1, names, budget)
+
+
+def _local_names(data: bytes) -> list[str]:
+    """The names in the local headers, which a reader may trust over the directory's."""
+    names = []
+    for found in re.finditer(rb"PK\x03\x04", data):
+        start = found.start() + 30
+        size = int.from_bytes(data[start - 4 : start - 2], "little")
+        name = data[start : start + size]
+        if name and len(name) == size:
+            names.append(_to_text(name))
+            if len(names) > MAX_ZIP_NAMES:
+                raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
+    return names
+
+
+def _unicode_paths(extra: bytes) -> list[str]:
+    """The names in the Unicode path fields of a member (APPNOTE 4.6.9)."""
+    names = []
+    while len(extra) >= 4:
+        kind = int.from_bytes(extra[:2], "little")
+        size = int.from_bytes(extra[2:4], "little")
+        if kind == _UNICODE_PATH and size > 5:
+            names.append(_to_text(extra[9 : 4 + size]))
+        extra = extra[4 + size :]
+    return names
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: _Budget) -> bytes | None:
+    """The content of a member that is a zip itself, None for any other."""
+    named = _is_zip_name(info.filename)
+    if info.is_dir() or not (info.file_size or info.compress_size):
+        return None
+    if info.flag_bits & 1:
+        if named:
+            raise _ZipLimit(f"encrypted zip within: {info.filename!r}")
+        return None
+    # bzip2 and LZMA would let the sender choose how much memory the decoder takes
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        if named:
+            raise _ZipLimit(f"unusual compression of {info.filename!r}")
+        return None
+    with archive.open(info) as member:
+        head = member.read(4)
+        if not named and head not in (b"PK\x03\x04", b"PK\x05\x06"):
+            return None
+        pieces = [head]
+        while pieces[-1]:
+            budget.unpack(len(pieces[-1]))
+            pieces.append(member.read(65536))
+    return b"".join(pieces)
+
+
+# -- HTML
+
+
+class _Writer(Protocol):
+    def write(self, text: str, /) -> object: ...
+
+
+class SGMLFilter(SGMLParser):
+    """Passes HTML through to `out` unchanged, character for character.
+
+    `out`: any object with ``write(text)``.  A subclass defines the methods of
+    `Milter.sgmllib.SGMLParser` for what it wants to see or to change; what it does not write
+    is gone.  The text is cut as HTML browsers cut it (HTML standard, section 13.2.5).
+
+    >>> import io
+    >>> out = io.StringIO()
+    >>> parser = SGMLFilter(out)
+    >>> parser.feed('<! no declaration ><P  CLASS = x>1 < 2 &amp&#65 <b')
+    >>> parser.close()
+    >>> out.getvalue()
+    '<! no declaration ><P  CLASS = x>1 < 2 &amp&#65 <b'
+    """
+
+    _html = True
+
+    def __init__(self, out: _Writer) -> None:
+        self.out = out
+        super().__init__()
+
+    def write(self, buf: str) -> None:
+        """Write text to the output."""
+        self.out.write(buf)
+
+    def _pass(self, text: str) -> None:
+        """Write the construct at hand as it stands; `text` where there is none."""
+        source, self._source = self._source, None
+        self.write(text if source is None else source)
+
+    def handle_data(self, data: str) -> None:
+        """Pass text on."""
+        self.write(data)
+
+    def handle_comment(self, comment: str) -> None:
+        """Pass a comment on."""
+        self._pass(f"<!--{comment}-->")
+
+    def handle_special(self, data: str) -> None:
+        """Pass a declaration on, whether legal or not; `data` is what ``<!`` and ``>`` hold."""
+        self._pass(f"<!{data}>")
+
+    def handle_pi(self, data: str) -> None:
+        """Pass a processing instruction on."""
+        self._pass(f"<?{data}>")
+
+    def handle_charref(self, ref: str) -> None:
+        """Pass a numeric reference on."""
+        self._pass(f"&#{ref};")
+
+    def handle_entityref(self, ref: str) -> None:
+        """Pass an entity reference on."""
+        self._pass(f"&{ref};")
+
+    def unknown_starttag(self, tag: str, attr: list[tuple[str, str]]) -> None:
+        """Pass a start tag on."""
+        shown = "".join(f' {n}="{html.escape(v)}"' for n, v in attr)
+        self._pass(f"<{tag}{shown}>")
+
+    def unknown_endtag(self, tag: str) -> None:
+        """Pass an end tag on."""
+        self._pass(f"</{tag}>")
+
+    def parse_declaration(self, i: int) -> int:
+        """Take ``<!`` up to the next ``>`` as one declaration."""
+        k = self.rawdata.find(">", i + 2)
+        if k < 0:
+            return -1
+        self._source = self.rawdata[i : k + 1]
+        self.handle_special(self.rawdata[i + 2 : k])
+        return k + 1
+
+
+_INVISIBLE: dict[int, None] = dict.fromkeys(
+    code
+    for first, last in (
+        *((0x00, 0x20), (0x7F, 0xA0), (0xAD, 0xAD), (0x200B, 0x200F), (0x2028, 0x202E)),
+        *((0x2060, 0x206F), (0xFEFF, 0xFEFF)),
+    )
+    for code in range(first, last + 1)
+)
+_SCRIPT_SCHEME = r"(?:javascript|vbscript|livescript|jscript|mocha):"
+_SCRIPT_URL = re.compile(rf"(?:[a-z][a-z0-9+.-]*:){{0,5}}(?:url:)?{_SCRIPT_SCHEME}")
+_SCRIPT_ANYWHERE = re.compile(_SCRIPT_SCHEME)
+_DATA_URL = re.compile(r"(?:[a-z][a-z0-9+.-]*:){0,5}data:[^,]{0,300}?(?:html|xml|script)")
+_DATA_ANYWHERE = re.compile(r"data:[^,]{0,300}?(?:html|xml|script)")
+_SVG_IMAGE = re.compile(r"data:image/svg\+xml[;,]")
+_EVENT = re.compile(r"(?:^|[^a-z0-9_-])on[a-z]")
+_BAD_CSS = re.compile(
+    r"expression\(|-moz-binding|behaviou?r:(?!none|inherit|url\([\"']?#default#)|" + _SCRIPT_SCHEME
+)
+_SUSPECT = re.compile(
+    rf"script|on[a-z]{{1,40}}=|{_SCRIPT_SCHEME}|expression\(|srcdoc|"
+    r"data:[^,]{0,300}(?:html|xml)"
+)
+_TAG_LIKE = re.compile(r"<[/!?]|<[A-Za-z][^<]*>|--!?\s{0,100}>")
+_HIDDEN_EVENT = re.compile(r"/on[a-z]{1,40}\s{0,20}=", re.IGNORECASE)
+_ODD_NAME = re.compile(r"[\"'<`]")
+_LOOSE_END = re.compile(r"--!>|--\s{1,100}>")
+_PLAIN_ENDTAG = re.compile(r"</[^<>\"'`=]*>\Z")
+_RAW_ELEMENTS = frozenset(
+    ["style", "xmp", "iframe", "noembed", "noframes", "noscript", "textarea", "title", "plaintext"]
+)
+_TEXT_ATTRIBUTES = frozenset(("alt", "title", "summary", "label", "placeholder", "abbr"))
+_LIST_ATTRIBUTES = frozenset(("content", "values", "from", "to", "by", "srcset", "archive"))
+_IMAGE_TAGS = frozenset(("img", "image", "input", "td", "body", "table"))
+
+
+def _unescape(text: str) -> str:
+    """Character references decoded; numbers of any length, unlike html.unescape alone."""
+    if "&" not in text:
+        return text
+    text = re.sub(r"&#0+(?=[0-9])", "&#", text)
+    text = re.sub(r"&#[xX]0+(?=[0-9a-fA-F])", "&#x", text)
+    text = re.sub(r"&#(?:[0-9]{8,}|[xX][0-9a-fA-F]{8,});?", "\ufffd", text)
+    return html.unescape(text)
+
+
+def _squeeze(text: str) -> str:
+    """Text as a lenient reader of URLs sees it: decoded, in lower case, nothing invisible."""
+    return _unescape(text).translate(_INVISIBLE).lower()
+
+
+def _bad_css(text: str) -> bool:
+    """Whether a style sheet may run a script."""
+    pieces, pos = [], 0
+    while True:
+        start = text.find("/*", pos)
+        end = text.find("*/", start + 2) if start >= 0 else -1
+        if end < 0:
+            pieces.append(text[pos:])
+            break
+        pieces.append(text[pos:start])
+        pos = end + 2
+    for view in (text, "".join(pieces)):
+        if "\\" in view:
+            view = re.sub(r"\\([0-9a-fA-F]{1,6})\s?", _css_character, view).replace("\\", "")
+        if not view.isascii():
+            view = unicodedata.normalize("NFKC", view)
+        if _BAD_CSS.search(_squeeze(view)):
+            return True
+    return False
+
+
+def _css_character(match: re.Match[str]) -> str:
+    number = int(match.group(1), 16)
+    return chr(number) if 0 < number < 0x110000 else "\ufffd"
+
+
+class HTMLScriptFilter(SGMLFilter):
+    """Passes HTML through to `out` without scripts, writing `msg` in their place.
+
+    Gone are script elements (in any namespace, closed or not), event handlers, links that run
+    scripts (``javascript:``, ``vbscript:``, ``data:text/html`` however they are written),
+    styles that do, comments and raw text with such content, and what readers might cut
+    differently than this filter does.  Everything else passes unchanged.
+
+    >>> import io
+    >>> out = io.StringIO()
+    >>> parser = HTMLScriptFilter(out)
+    >>> parser.feed('<P>Hi<SCRIPT>x</SCRIPT> <a onclick="y()" href=z>there</a>')
+    >>> parser.close()
+    >>> out.getvalue()
+    '<P>Hi<!-- WARNING: embedded script removed --> <a href=z>there</a>'
+    """
+
+    msg = "<!-- WARNING: embedded script removed -->"
+    """What stands in place of a script."""
+
+    def __init__(self, out: _Writer, _inner: bool = False) -> None:
+        self._inner = _inner  # the text is what a comment or a raw element holds
+        self._raw_name = ""
+        super().__init__(out)
+
+    def feed(self, data: str) -> None:
+        """Filter `data`; NULs, which some readers skip inside of tags, are left out."""
+        super().feed(data.replace("\0", ""))
+
+    def _vet(self, text: str) -> str:
+        """`text` without scripts."""
+        out = io.StringIO()
+        parser = HTMLScriptFilter(out, _inner=True)
+        parser.msg = self.msg
+        parser.feed(text)
+        parser.close()
+        return out.getvalue()
+
+    # -- elements
+
+    def finish_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> int:
+        """Start a script, raw text or any other element."""
+        local = _local_name(tag)
+        if local.startswith("script"):
+            self._raw_name = tag
+            return super().finish_starttag("script", attrs)
+        if local not in _RAW_ELEMENTS:
+            return super().finish_starttag(tag, attrs)
+        if self._inner:  # readers would differ on where it ends
+            self.write(self.msg)
+            return -1
+        result = super().finish_starttag(tag, attrs)
+        self._raw_name = local
+        self.set_rawtext(*_end_pattern(local))
+        return result
+
+    def start_script(self, unused: object) -> None:
+        """A script begins: write `msg` for it and drop all up to its end."""
+        self.write(self.msg)
+        self._raw_name = "/script" if (self._starttag_text or "").endswith("/>") else "script"
+        self.set_rawtext(*_end_pattern("script"))
+
+    def end_script(self) -> None:
+        """A script is over."""
+
+    def handle_rawtext(self, data: str, closed: bool) -> None:
+        """Drop a script; pass the content of other raw elements on as far as it is harmless."""
+        if self._raw_name == "script" or (self._raw_name == "/script" and closed):
+            return
+        if self._raw_name == "/script":
+            # <script/> that nothing closes: XML, where what follows is not the script
+            if not self._inner:
+                self.write(self._vet(data))
+            return
+        if self._raw_name == "style" and _bad_css(data):
+            self.write(self.msg)
+        elif "<" in data:
+            self.write(self._vet(data))
+        else:
+            self.write(data)
+
+    def finish_endtag(self, tag: str) -> None:
+        """End a script or any other element."""
+        local = _local_name(tag)
+        if local.startswith("script"):
+            super().finish_endtag("script")
+        elif not (self._inner and local in _RAW_ELEMENTS):
+            super().finish_endtag(tag)
+
+    def unknown_endtag(self, tag: str) -> None:
+        """Pass an end tag on, without the attributes that it should not have."""
+        if self._source is not None and not _PLAIN_ENDTAG.match(self._source):
+            plain = re.match(r"[a-z][a-z0-9:._-]*\Z", tag)
+            self._source = f"</{tag}>" if plain else ""
+        super().unknown_endtag(tag)
+
+    def unknown_starttag(self, tag: str, attr: list[tuple[str, str]]) -> None:
+        """Pass a start tag on, without the attributes that run scripts."""
+        if self._source is not None:
+            self._source = _safe_tag(tag, self._source)
+        super().unknown_starttag(tag, attr)
+
+    # -- the rest
+
+    def handle_data(self, data: str) -> None:
+        """Pass text on; that of scripts does not come here."""
+        super().handle_data(data)
+
+    def handle_comment(self, comment: str) -> None:
+        """Pass a comment on, unless it holds a script or ends in doubt."""
+        source = self._source if self._source is not None else f"<!--{comment}-->"
+        doubtful = len(source) < 7 or _LOOSE_END.search(source, 4)
+        if doubtful or ("<" in comment and self._vet(comment) != comment):
+            self.write(self.msg)
+        else:
+            super().handle_comment(comment)
+
+    def parse_declaration(self, i: int) -> int:
+        """As in the base class; of a CDATA section only the start, where it holds markup."""
+        start = self.rawdata[i : i + 9]
+        if start.upper() == "<![CDATA[":
+            k = self.rawdata.find(">", i)
+            if k < 0:
+                return -1
+            if "<" in self.rawdata[i + 1 : k] or self.rawdata[k - 2 : k] != "]]":
+                return i + 9
+        return super().parse_declaration(i)
+
+    def handle_special(self, data: str) -> None:
+        """Pass a declaration on, unless it holds markup."""
+        if "<" in data or _SUSPECT.search(_squeeze(data)):
+            self.write(self.msg)
+        else:
+            super().handle_special(data)
+
+    def handle_pi(self, data: str) -> None:
+        """Pass a processing instruction on, unless it may run a script."""
+        squeezed = _squeeze(data)
+        if "<" in data or squeezed.startswith("import") or _SUSPECT.search(squeezed):
+            self.write(self.msg)
+        else:
+            super().handle_pi(data)
+
+    def handle_unclosed(self, data: str) -> None:
+        """Pass an unfinished construct on, unless it might become a script."""
+        self.write(self.msg if _SUSPECT.search(_squeeze(data)) else data)
+
+
+def _local_name(tag: str) -> str:
+    """The name of a tag without its namespace and whatever else does not belong."""
+    if tag.isalnum():
+        return tag
+    return re.sub(r"[^a-z0-9:]", "", tag).rpartition(":")[2]
+
+
+def _end_pattern(name: str) -> tuple[re.Pattern[str], int]:
+    """What ends a raw element, and how long it can be (with one character after it)."""
+    prefix = r"(?:[A-Za-z0-9]{1,20}:)?" if name == "script" else ""
+    pattern = re.compile(rf"</{prefix}{name}(?=[\s/>])", re.ASCII | re.IGNORECASE)
+    return pattern, len(name) + 24
+
+
+def _safe_tag(tag: str, text: str) -> str:
+    """A start tag without the attributes that run scripts; '' where its name is in doubt."""
+    if _ODD_NAME.search(tag):
+        return ""
+    out, pos = [], 0
+    for start, end, name, value in iter_attributes(text, 1 + len(tag)):
+        # some readers take a slash as the end of an unquoted value
+        unquoted = value is not None and text[end - 1] not in "\"'"
+        if _harmful(tag, name.lower(), value) or (unquoted and _HIDDEN_EVENT.search(value or "")):
+            out.append(text[pos:start].rstrip(" \t\n\r\f\v"))
+            if text[end : end + 1] not in tuple(" \t\n\r\f\v/>"):
+                out.append(" ")
+            pos = end
+        elif value is not None and _TAG_LIKE.search(value):
+            out.append(text[pos:start])
+            out.append(text[start:end].replace("<", "&lt;").replace(">", "&gt;"))
+            pos = end
+    out.append(text[pos:])
+    return "".join(out)
+
+
+def _harmful(tag: str, name: str, value: str | None) -> bool:
+    """Whether an attribute runs a script, or might be read as one that does."""
+    if _ODD_NAME.search(name) or _EVENT.search(name) or name == "srcdoc":
+        return True
+    if value is None:
+        return False
+    if "&{" in value or value.startswith("`"):
+        return True
+    if name in _TEXT_ATTRIBUTES:
+        return False
+    if name == "style":
+        return _bad_css(_unescape(value))
+    if ":" not in value and "&" not in value and name not in ("type", "content"):
+        return False
+    squeezed = _squeeze(value)
+    if name in _LIST_ATTRIBUTES:
+        return bool(
+            _SCRIPT_ANYWHERE.search(squeezed)
+            or _DATA_ANYWHERE.search(squeezed)
+            or "utf-7" in squeezed
+        )
+    if name == "type" and "scriptlet" in squeezed:
+        return True
+    if _SCRIPT_URL.match(squeezed):
+        return True
+    if _SVG_IMAGE.match(squeezed) and tag in _IMAGE_TAGS:
+        return False  # an image may not run scripts
+    return bool(_DATA_URL.match(squeezed))
+
+
+_STATEFUL = re.compile(r"iso-?2022|hz|utf-?7|utf-?16|utf-?32|ucs", re.IGNORECASE)
+_BOMS = (
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+
+
+def _html_charset(data: bytes, declared: str | None) -> str:
+    """The charset to filter HTML in.
+
+    Latin-1 wherever ASCII means itself: markup is ASCII, and so each byte stays what it was.
+    """
+    for mark, charset in _BOMS:
+        if data.startswith(mark):
+            return charset
+    if not declared:
+        return "latin-1"
+    probe = "<script>=\"&;/'"
+    try:
+        plain = probe.encode(declared) == probe.encode("ascii")
+        if plain and not _STATEFUL.search(declared):
+            return "latin-1"
+        data.decode(declared)
+    except (LookupError, ValueError):
+        return "latin-1"
+    return declared
+
+
+def _clean_html(data: bytes, declared: str | None, budget: _Budget) -> bytes | None:
+    """HTML without scripts, None where there are none."""
+    charset = _html_charset(data, declared)
+    text = data.decode(charset, "replace")
+    out = io.StringIO()
+    parser = HTMLScriptFilter(out)
+    for start in range(0, len(text), 65536):
+        budget.check_time()
+        parser.feed(text[start : start + 65536])
+    parser.close()
+    cleaned = out.getvalue()
+    return None if cleaned == text else cleaned.encode(charset, "xmlcharrefreplace")
+
+
+# -- checks
+
+
+_HTML_TYPES = frozenset(("text/html", "application/xhtml+xml", "image/svg+xml", "text/x-scriptlet"))
+_MESSAGE_EXTENSIONS = frozenset((".eml", ".mht", ".mhtml", ".nws"))
+_HTML_EXTENSIONS = frozenset((".htm", ".html", ".shtml", ".xht", ".xhtm", ".xhtml", ".svg"))
+
+
+def _replace(msg: MimeMessage, badname: str, savname: object) -> None:
+    """Put a warning in the place of a part."""
+    shown = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+", " ", badname)
+    if len(shown) > 255:  # a line of mail has at most 998 characters
+        shown = shown[:255] + "..."
+    text = virus_msg % (shown, socket.gethostname(), savname)
+    plain = text.isascii()
+    if not plain:
+        text = _as_str(text.encode("utf-8", "replace"))
+    msg.set_payload(text)
+    msg.preamble = msg.epilogue = None
+    msg.limit = None
+    for header in ("content-type", "content-disposition", "content-transfer-encoding"):
+        del msg[header]
+    msg["Content-Type"] = "text/plain; name=WARNING.TXT" + ("" if plain else "; charset=utf-8")
+    if not plain:
+        msg["Content-Transfer-Encoding"] = "8bit"
+
+
+def check_name(
+    msg: MimeMessage,
+    savname: object = None,
+    ckname: Callable[[str], object] = check_ext,
+    scan_zip: bool = False,
+) -> int:
+    """Replace a part by a warning where any name of it is bad.
+
+    `savname`: where the original was saved, for the text of the warning (`virus_msg`).
+    `ckname`: called with each name; what it returns is the bad name, None or '' for a good one.
+    `scan_zip`: look at the names inside of zips too; a zip that cannot be read, or that exceeds
+    a bound, is bad, an empty one is not.  Returns CONTINUE.
+    """
+    _check_name(msg, savname, ckname, scan_zip, _Budget())
+    return _CONTINUE
+
+
+def _check_name(
+    msg: MimeMessage,
+    savname: object,
+    ckname: Callable[[str], object],
+    scan_zip: bool,
+    budget: _Budget,
+) -> bool:
+    """Whether the part had to be replaced."""
+    bad: object = msg.suspicion()
+    if bad:
+        _log.warning("part removed: %s", bad)
+    else:
+        bad = _bad_name(msg, ckname, scan_zip, budget)
+    if bad:
+        _replace(msg, str(bad), savname)
+    return bool(bad)
+
+
+def _bad_name(
+    msg: MimeMessage, ckname: Callable[[str], object], scan_zip: bool, budget: _Budget
+) -> object:
+    names = msg._getnames(False, budget)
+    for _, name in names:
+        bad = ckname(name)
+        if bad:
+            return bad
+    if not scan_zip or msg.is_multipart():
+        return None
+    try:
+        for _, name in msg._zip_names([n for _, n in names], budget):
+            bad = ckname(name)
+            if bad:
+                _log.info("bad name in a zip: %r", name)
+                return next((n for _, n in names if _is_zip_name(n)), None) or bad
+    except zipfile.BadZipFile as exc:
+        _log.warning("zip removed: %s", exc)
+        return next((n for _, n in names if n), None) or "zip"
+    return None
+
+
+def check_html(msg: MimeMessage, savname: object = None) -> int:
+    """Remove the scripts from a part of HTML, or SVG, by its type or by its name.
+
+    The charset and the transfer encoding stay.  `savname`: as for `check_name`, for HTML that
+    takes too long to check and is replaced.  Returns CONTINUE.
+    """
+    _check_html(msg, savname, _Budget())
+    return _CONTINUE
+
+
+def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
+    if msg.is_multipart() or not isinstance(msg._payload, str) or not _is_html(msg):
+        return
+    payload = _as_bytes(msg._payload)
+    encodings = msg._encodings()
+    try:
+        for encoding in encodings:
+            cleaned = _clean_html(_decode(payload, encoding), msg.get_content_charset(), budget)
+            if cleaned is not None:
+                msg.set_payload(_encode(cleaned, encoding))
+                if len(encodings) > 1:
+                    del msg["Content-Transfer-Encoding"]
+                    msg["Content-Transfer-Encoding"] = encoding or "8bit"
+                return
+    except LimitExceeded as exc:
+        _log.warning("HTML removed: %s", exc)
+        _replace(msg, str(exc), savname)
+
+
+def _is_html(msg: MimeMessage) -> bool:
+    types = [value.partition(";")[0].strip().lower() for value in msg._raw_values("content-type")]
+    if any(t in _HTML_TYPES for t in [*types, msg.get_content_type()]):
+        return True
+    for _, name in msg._getnames(False, _Budget()):
+        if any(extension in _HTML_EXTENSIONS for extension in _extensions(name)):
+            return True
+    return False
+
+
+def check_attachments(
+    msg: MimeMessage, check: Callable[[Any], int], lev: list[int] | None = None
+) -> int:
+    """Call `check` with each leaf, parts of attached messages included.
+
+    Stops at the first one for which it does not return CONTINUE, and returns what it returned.
+    `lev`: where `msg` is in the tree, as a list of part numbers; not needed.
+    """
+    level = lev or []
+    if not msg.is_multipart():
+        return check(msg)
+    for number, part in enumerate(list(msg._payload), 1):
+        verdict = check_attachments(part, check, [*level, number])
+        if verdict != _CONTINUE:
+            return verdict
+    return _CONTINUE
+
+
+class _Defang:
+    """One run of `defang`: its arguments and what it may still use."""
+
+    def __init__(
+        self,
+        savname: object,
+        check: Callable[[str], object],
+        scan_rfc822: bool,
+        scan_zip: bool,
+    ) -> None:
+        self.savname = savname
+        self.check = check
+        self.scan_rfc822 = scan_rfc822
+        self.scan_zip = scan_zip
+        self.budget = _Budget()
+
+    def part(self, msg: MimeMessage, decoded: int = 0) -> None:
+        """Check a part and the parts within it; `decoded`: how often it was unwrapped."""
+        try:
+            self.budget.check_time()
+            replaced = _check_name(msg, self.savname, self.check, self.scan_zip, self.budget)
+            replaced = replaced or self._hidden(msg, decoded)
+        except LimitExceeded as exc:
+            _log.warning("part removed: %s", exc)
+            _replace(msg, str(exc), self.savname)
+            return
+        if replaced:
+            return
+        if not msg.is_multipart():
+            _check_html(msg, self.savname, self.budget)
+        elif self.scan_rfc822 or msg.get_content_maintype() != "message":
+            for child in list(msg._payload):
+                self.part(child, decoded)
+
+    def _hidden(self, msg: MimeMessage, decoded: int) -> bool:
+        """Replace a part whose bad content shows only to a reader that decodes more."""
+        for data, shown in self._decoded_messages(msg):
+            if decoded >= MAX_ZIP_DEPTH:
+                raise LimitExceeded("messages encoded within each other")
+            self.budget.unpack(len(data))
+            hidden = message_from_file(io.BytesIO(data))
+            self.part(hidden, decoded + 1)
+            if hidden.ismodified():
+                _replace(msg, shown, self.savname)
+                return True
+        return False
+
+    def _decoded_messages(self, msg: MimeMessage) -> Iterator[tuple[bytes, str]]:
+        """(bytes, name) of the messages that a reader might find by decoding a part.
+
+        Messages and multiparts in a transfer encoding, which RFC 2045, section 6.4, forbids but
+        readers decode all the same; and files that a reader opens as messages.
+        """
+        kind = msg.get_content_maintype()
+        if kind != "multipart" and not self.scan_rfc822:
+            return
+        if not msg.is_multipart() and isinstance(msg._payload, str):
+            for _, name in msg._getnames(False, self.budget):
+                if any(extension in _MESSAGE_EXTENSIONS for extension in _extensions(name)):
+                    for encoding in msg._encodings():
+                        yield _decode(_as_bytes(msg._payload), encoding), name
+                    break
+        if kind not in ("multipart", "message"):
+            return
+        types = b"".join(
+            b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
+            for name, value in msg.raw_items()
+            if name.lower() == "content-type"
+        )
+        body = msg._body_bytes()
+        for encoding in msg._encodings():
+            data = _decode(body, encoding)
+            if data != body:
+                yield types + b"\n" + data, f"{kind} in {encoding}"
+
+
+def defang(
+    msg: MimeMessage,
+    savname: object = None,
+    check: Callable[[str], object] = check_ext,
+    scan_rfc822: bool = True,
+    scan_zip: bool = False,
+) -> bool:
+    """Make a message harmless: replace parts with bad names, and take scripts out of HTML.
+
+    `savname`, `check` and `scan_zip` are those of `check_name`; multiparts and attached
+    messages are checked for names of their own.  `scan_rfc822`: look into attached messages.
+    Returns whether anything of the message was modified, here or before.
+    """
+    _Defang(savname, check, scan_rfc822, scan_zip).part(msg)
+    return msg.ismodified()

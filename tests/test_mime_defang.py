@@ -1,0 +1,752 @@
+"""Names, zips and HTML in hostile mail: everything that a reader might run is gone."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import socket
+import time
+import zipfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mime
+
+
+def read(raw):
+    return mime.message_from_file(io.BytesIO(raw))
+
+
+def part(headers, body=b"body\n"):
+    return headers.encode("utf-8", "surrogateescape") + b"\n\n" + body
+
+
+def mixed(*parts, kind="multipart/mixed"):
+    lines = [b"Subject: s\nMIME-Version: 1.0\nContent-Type: %s; boundary=bb\n\n" % kind.encode()]
+    return b"".join(lines + [b"--bb\n" + p + b"\n" for p in parts] + [b"--bb--\n"])
+
+
+GOOD = part("Content-Type: text/plain", b"good\n")
+
+
+def defanged(raw, **options):
+    """The message after defang, read again from what it was written as."""
+    msg = read(raw)
+    assert mime.defang(msg, "saved", **options) is msg.ismodified()
+    written = msg.as_bytes()
+    if not msg.ismodified():
+        assert written == raw
+    return read(written)
+
+
+def removed(raw, **options):
+    """Whether the second of two parts with these bytes was replaced by a warning."""
+    result = defanged(mixed(GOOD, raw, GOOD), **options)
+    first, second, third = result.get_payload()
+    assert first.as_bytes() == third.as_bytes() == GOOD
+    warned = "has been removed" in str(second.get_payload())
+    if warned:
+        assert second.get_content_type() == "text/plain"
+        assert second.getnames() == [("name", "WARNING.TXT"), ("filename", "WARNING.TXT")]
+        assert max(map(len, second.as_bytes().splitlines())) < 998
+    else:
+        assert second.as_bytes() == raw
+    return warned
+
+
+def zipped(*names, content=b"x", **options):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", **options) as archive:
+        for name in names:
+            name, data = name if isinstance(name, tuple) else (name, content)
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+def attached(data, name="x.zip", kind="application/zip"):
+    return part(
+        f"Content-Type: {kind}; name={name}\nContent-Transfer-Encoding: base64",
+        base64.encodebytes(data),
+    )
+
+
+# -- the warning
+
+
+def test_a_bad_part_is_replaced_by_a_warning():
+    msg = read(part("Subject: a\nContent-Type: x/y; name=a.exe\nContent-Transfer-Encoding: base64"))
+    told = []
+    msg.headerchange = lambda m, name, value: told.append((name.lower(), value))
+    assert mime.check_name(msg, "saved") == 0
+    text = mime.virus_msg % ("a.exe", socket.gethostname(), "saved")
+    assert msg.get_payload() == text
+    assert msg.as_bytes() == (
+        b"Subject: a\nContent-Type: text/plain; name=WARNING.TXT\n\n" + text.encode()
+    )
+    assert told == [
+        ("content-type", None),
+        ("content-disposition", None),
+        ("content-transfer-encoding", None),
+        ("content-type", "text/plain; name=WARNING.TXT"),
+    ]
+    assert msg.ismodified() and msg.get_param("name") == "WARNING.TXT"
+
+
+def test_the_warning_can_show_any_name():
+    msg = read(part('Content-Type: x/y; name="gr\xfc\xdfe\t\x01.exe"'))
+    mime.check_name(msg)
+    assert msg.get_content_charset() == "utf-8"
+    assert "'gr\xfc\xdfe .exe'" in msg.get_payload()
+    assert "gr\xfc\xdfe".encode() in msg.as_bytes()
+    again = read(msg.as_bytes())
+    mime.check_name(again)
+    assert not again.ismodified()
+
+
+def test_names_are_checked_by_the_given_function():
+    asked = []
+    raw = part("Content-Type: x/y; name=a.exe\nContent-Disposition: x; filename=b.txt")
+    msg = read(raw)
+    mime.check_name(msg, ckname=asked.append)
+    assert asked == ["a.exe", "b.txt"]
+    assert msg.as_bytes() == raw
+    mime.check_name(msg, ckname=lambda name: name if name == "b.txt" else None)
+    assert "named 'b.txt'" in msg.get_payload()
+
+
+def test_harmless_mail_stays_as_it_is():
+    raw = mixed(
+        GOOD,
+        part('Content-Type: application/pdf; name="re.port.pdf"'),
+        part("Content-Type: text/html; charset=koi8-r", b"<p>\xc1\xc2</p>\n"),
+        part("Content-Type: message/rfc822; name=fwd.eml", part("Subject: x")),
+        mixed(GOOD, kind="multipart/alternative"),
+        attached(zipped("a.txt", "b/c.pdf")),
+        part("Content-Type: text/plain; charset=x.com; format=flowed.exe; boundary=a.com"),
+        part("Content-Type: text/plain", b"begin 644 letter.exe\nDear all,\n"),
+        b"",
+    )
+    assert defanged(raw, scan_zip=True).as_bytes() == raw
+
+
+# -- names
+
+
+RLO = "\u202e"
+BAD_NAMES = [
+    "Content-Type: x/y; name=a.exe",
+    'Content-Type: x/y; name="a b.EXE"',
+    "Content-Type: x/y; NAME = a.exe",
+    "Content-Type: x/y; name=\n a.exe",
+    'Content-Type: x/y; name="a\n .exe"',
+    "Content-Disposition: attachment; filename=a.exe",
+    "Content-Disposition: attachment; filename=a.txt\nContent-Type: x/y; name=a.exe",
+    "Content-Type: x/y; name=a.txt\nContent-Disposition: attachment; filename=a.exe",
+    "Content-Type: x/y; name=a.txt; name=a.exe",
+    "Content-Type: x/y; name=a.txt; x-other=a.exe",
+    "Content-Type: x/y\nContent-Type: x/y; name=a.exe",
+    "Content-Disposition: x; filename=a.txt\nContent-Disposition: x; filename=a.exe",
+    "Content-Disposition: x; filename=a.txt; filename*=utf-8''a.exe",
+    "Content-Disposition: x; filename*=utf-8''a%2Eexe",
+    "Content-Disposition: x; filename*=utf-8'en'a.ex%65",
+    "Content-Disposition: x; filename*=nonsense''a%2Eexe",
+    "Content-Disposition: x; filename*=a%2Eexe",
+    "Content-Disposition: x; filename*=utf-16''%61%00%2e%00%65%00%78%00%65%00",
+    "Content-Disposition: x; filename*0=a.; filename*1=exe",
+    "Content-Disposition: x; filename*1=exe; filename*0=a.",
+    'Content-Disposition: x; filename*0="a."; filename*1="exe"; filename=a.txt',
+    "Content-Disposition: x; filename*0*=utf-8''a%2E; filename*1*=ex%65",
+    "Content-Disposition: x; filename*0*=utf-8''a; filename*1=.exe",
+    "Content-Disposition: x; filename*0=a.; filename*2=exe",
+    "Content-Disposition: x; filename*5=a.; filename*6=exe",
+    "Content-Disposition: x; filename*00=a.; filename*01=exe",
+    "Content-Type: x/y; name*0=a.; name*1=exe",
+    'Content-Type: x/y; name="=?utf-8?q?a=2Eexe?="',
+    "Content-Type: x/y; name==?UTF-8?B?YS5leGU=?=",
+    'Content-Type: x/y; name="=?utf-8?b?YS4=?=\n =?utf-8?b?ZXhl?="',
+    'Content-Type: x/y; name="=?nonsense*en?q?a.exe?="',
+    'Content-Type: x/y; name="=?utf-8?b?YS5leGU?="',
+    'Content-Type: x/y; name="a.exe',
+    'Content-Type: x/y; name="a.exe; charset=x',
+    "Content-Type: x/y; name='a.exe'",
+    'Content-Type: x/y; name=""a.exe""',
+    'Content-Type: x/y; name="a.ex\\e"',
+    "Content-Type: x/y; name=<a.exe>",
+    "Content-Type: x/y; name=a.exe (a program)",
+    "Content-Type: x/y; name=" + "a" * 10_000 + ".exe",
+    "Content-Type: x/y; name=a.exe" + " " * 10_000,
+    "Content-Type: x/y; name=a.exe.",
+    'Content-Type: x/y; name="a.exe . .. "',
+    'Content-Type: x/y; name="a.exe\u3000\xa0"',
+    "Content-Type: x/y; name=a.txt.exe",
+    'Content-Type: x/y; name="a.txt                                 .exe"',
+    f'Content-Type: x/y; name="a{RLO}txt.exe"',
+    f'Content-Type: x/y; name="a{RLO}exe.txt"',
+    "Content-Disposition: x; filename*=utf-8''a%E2%80%AEexe.txt",
+    'Content-Type: x/y; name="a.e\u200bxe"',
+    'Content-Type: x/y; name="a\uff0e\uff45\uff58\uff45"',
+    'Content-Type: x/y; name="a.exe\0.txt"',
+    "Content-Type: x/y; name=a.exe:b.txt",
+    "Content-Type: x/y; name=a.exe::$DATA",
+    "Content-Type: x/y; name=b.txt\\a.exe",
+    "Content-Type: x/y; name=a.exe/",
+    "Content-Type: x/y; name=a%2Eexe",
+    "Content-Type: x/y; name=a.{3050F4D8-98B5-11CF-BB82-00AA00BDCE0B}",
+    'Content-Type: x/y; name="\udcff.exe"',
+    "Content-Type: message/rfc822; name=a.exe",
+    "Content-Type: multipart/mixed; boundary=cc; name=a.exe",
+]
+
+
+@pytest.mark.parametrize("headers", BAD_NAMES)
+def test_bad_names_are_found_however_they_are_written(headers):
+    assert removed(part(headers, b"--cc\n\nx\n--cc--"))
+
+
+@pytest.mark.parametrize("extension", mime.bad_extensions)
+def test_every_bad_extension(extension):
+    assert mime.check_ext("a" + extension) == "a" + extension
+    assert mime.check_ext("A" + extension.upper()) == "A" + extension.upper()
+    assert mime.check_ext(extension[1:]) is None
+
+
+def test_check_ext_of_others(monkeypatch):
+    names = ("a.txt", "exe", "a.exe.txt", "a.exes", "a", ".", "..", "", None, "a\u200e.txt")
+    assert [mime.check_ext(n) for n in names] == [None] * 7 + ["", None, None]
+    monkeypatch.setattr(mime, "bad_extensions", ["txt"])
+    assert mime.check_ext("a.txt") == "a.txt"
+    assert mime.check_ext("a.exe") is None
+
+
+def test_getnames():
+    msg = read(part("Content-Type: x/y; name=a; foo=b\nContent-Disposition: x; filename=c"))
+    assert msg.getnames() == [("name", "a"), ("foo", "b"), ("filename", "c")]
+    assert read(part("Content-Type: x/y; name=a")).getnames() == [("name", "a"), ("filename", "a")]
+    assert read(b"\n").getnames() == []
+
+
+def test_uuencoded_files_in_text_have_names():
+    body = b"Hello\nbegin 644 a.exe\n#86)C\n`\nend\n"
+    assert ("uuname", "a.exe") in read(part("Subject: x", body)).getnames()
+    assert removed(part("Content-Type: text/plain", body))
+
+
+def test_too_many_parameters_are_suspicious():
+    assert removed(part("Content-Type: x/y" + "; a=b" * 1001))
+    assert removed(part("Content-Disposition: x" + "; a=b" * 5000 + "; filename=a.exe"))
+    assert not removed(part('Content-Type: x/y; name="' + ";" * 2000 + '"'))
+    assert len(read(part("Content-Type: x/y" + "; a=b" * 3000)).getnames()) == 1
+
+
+# -- structure
+
+
+def test_parts_that_never_end():
+    raw = mixed(GOOD, part("Content-Type: x/y; name=a.exe", b"x" * 100)).replace(b"--bb--\n", b"")
+    result = defanged(raw)
+    assert "removed" in result.get_payload(1).get_payload()
+    assert result.get_payload(0).as_bytes() == GOOD
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "multipart/mixed",
+        "multipart/mixed; boundary=other",
+        "multipart/mixed; boundary=",
+        "multipart/mixed; boundary=" + "x" * 2000,
+    ],
+)
+def test_a_boundary_that_is_missing(content_type):
+    raw = mixed(GOOD, part("Content-Type: x/y; name=a.exe")).replace(
+        b"multipart/mixed; boundary=bb", content_type.encode()
+    )
+    result = defanged(raw)
+    assert b"a.exe" not in result.as_bytes()
+    assert "multipart without its boundary" in result.get_payload()
+
+
+def test_a_boundary_quoted_twice():
+    raw = mixed(GOOD, part("Content-Type: x/y; name=a.exe")).replace(
+        b"boundary=bb", b'boundary=""bb""'
+    )
+    result = defanged(raw)
+    assert result.get_payload(0).as_bytes() == GOOD
+    assert "'a.exe', and has been removed" in result.get_payload(1).get_payload()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Type: multipart/mixed; boundary=bb; boundary=cc",
+        "Content-Type: multipart/mixed; boundary=bb; boundary*=us-ascii''c%63",
+        "Content-Type: multipart/mixed; boundary=bb\nContent-Type: multipart/mixed; boundary=cc",
+        "Content-Type: text/plain\nContent-Type: multipart/mixed; boundary=cc",
+    ],
+)
+def test_two_boundaries_are_suspicious(header):
+    body = b"--bb\n\nx\n--cc\nContent-Type: x/y; name=a.exe\n\nx\n--cc--\n--bb--\n"
+    result = defanged(part(header, body))
+    assert "ambiguous boundary" in result.get_payload()
+    harmless = part(header, b"--bb\n\nx\n--bb--\n")
+    assert defanged(harmless).as_bytes() == harmless
+
+
+def attached_message(inner, levels):
+    for _ in range(levels):
+        inner = part("Content-Type: message/rfc822", inner)
+    return inner
+
+
+@pytest.mark.parametrize("levels", [1, 2, 10, 40])
+def test_attached_messages_in_attached_messages(levels):
+    bad = mixed(GOOD, part("Content-Type: x/y; name=a.exe"))
+    raw = attached_message(bad, levels)
+    result = defanged(raw)
+    assert b"a.exe" in result.as_bytes() and b"name=a.exe" not in result.as_bytes()
+    assert GOOD in result.as_bytes()
+    kept = read(raw)
+    assert not mime.defang(kept, scan_rfc822=False)
+    assert kept.as_bytes() == raw
+
+
+@pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "x-uuencode"])
+@pytest.mark.parametrize("kind", ["message/rfc822", "multipart/mixed; boundary=bb"])
+def test_encoded_messages_and_multiparts(encoding, kind):
+    bad = part("Content-Type: x/y; name=a.exe")
+    good = part("Content-Type: x/y; name=a.txt")
+    for inner, gone in ((bad, True), (good, False)):
+        data = inner if kind.startswith("message") else mixed(inner).partition(b"\n\n")[2]
+        if encoding == "base64":
+            body = base64.encodebytes(data)
+        elif encoding == "quoted-printable":
+            body = data.replace(b"e", b"=65").replace(b"=bb", b"=3Dbb").replace(b"-", b"=2D")
+        else:
+            lines = [binascii.b2a_uu(data[i : i + 45]) for i in range(0, len(data), 45)]
+            body = b"begin 644 x\n" + b"".join(lines) + b"`\nend\n"
+        raw = part(f"Content-Type: {kind}\nContent-Transfer-Encoding: {encoding}", body)
+        assert removed(raw) is gone
+    if kind.startswith("message"):
+        msg = read(part(f"Content-Type: {kind}\nContent-Transfer-Encoding: {encoding}", body))
+        assert not mime.defang(msg, scan_rfc822=False)
+
+
+def test_encodings_within_each_other_are_bounded():
+    inner = GOOD
+    for _ in range(8):
+        inner = part(
+            "Content-Type: message/rfc822\nContent-Transfer-Encoding: base64",
+            base64.encodebytes(inner),
+        )
+    assert removed(inner)
+
+
+@pytest.mark.parametrize("name", ["a.eml", "a.MHT"])
+def test_files_that_are_messages(name):
+    for inner, gone in ((part("Content-Type: x/y; name=a.exe"), True), (GOOD, False)):
+        raw = attached(mixed(inner), name=name, kind="application/octet-stream")
+        assert removed(raw) is gone
+        assert not removed(raw, scan_rfc822=False)
+
+
+def test_a_from_line_at_the_end_of_the_headers():
+    raw = mixed(b"Subject: x\nFrom a b\n\nbody", part("Content-Type: x/y; name=a.exe"), GOOD)
+    result = defanged(raw).as_bytes()
+    assert b"--bb\nSubject: x\nFrom a b\n\nbody\n--bb\n" in result
+    assert result.endswith(GOOD + b"\n--bb--\n")
+    assert b"a.exe'" in result and b"name=a.exe" not in result
+
+
+# -- bounds
+
+
+def test_time_is_bounded(monkeypatch):
+    monkeypatch.setattr(mime, "MAX_SECONDS", -1.0)
+    raw = part("Content-Type: text/html", b"<p>x</p>")
+    msg = read(raw)
+    mime.check_html(msg)
+    assert "takes more than -1.0 s to check" in msg.get_payload()
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert "takes more than -1.0 s to check" in msg.get_payload()
+    msg = read(attached(zipped("a.txt")))
+    mime.check_name(msg, scan_zip=True)
+    assert "named 'x.zip'" in msg.get_payload()
+
+
+def test_exceeded_bounds_are_logged(caplog):
+    defanged(attached_message(GOOD, 60))
+    assert "levels of nesting" in caplog.text
+
+
+# -- zips
+
+
+def test_zipnames():
+    inner = zipped("b.exe", ("c.zip", zipped("d.txt")))
+    names = mime.zipnames(zipped("a.txt", ("n.zip", inner), ("hidden.dat", zipped("e.bat"))))
+    assert set(names) == {
+        ("zipname", n) for n in ("a.txt", "n.zip", "b.exe", "c.zip", "d.txt", "hidden.dat", "e.bat")
+    }
+    assert len(names) == len(set(names))
+    assert mime.zipnames(zipped()) == []
+    for bad in (b"", b"junk", b"PK\3\4", zipped("a")[:-5]):
+        with pytest.raises(zipfile.BadZipFile):
+            mime.zipnames(bad)
+
+
+def test_names_in_zips_only_on_request():
+    raw = attached(zipped("a.exe"))
+    assert read(raw).getnames() == [("name", "x.zip"), ("filename", "x.zip")]
+    assert ("zipname", "a.exe") in read(raw).getnames(scan_zip=True)
+    assert not removed(raw)
+    assert removed(raw, scan_zip=True)
+
+
+def local_name_differs(name, shown):
+    data = zipped(name)
+    return data[:30] + name.encode() + data[30 + len(name) :].replace(name.encode(), shown.encode())
+
+
+def unicode_path(name):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        info = zipfile.ZipInfo("a.txt")
+        field = b"\1\0\0\0\0" + name.encode()
+        info.extra = b"\x01\x00\x00\x00\x75\x70" + len(field).to_bytes(2, "little") + field
+        archive.writestr(info, b"x")
+    return out.getvalue()
+
+
+def flagged(data, flags):
+    """The zip with general purpose flags set in all of its headers."""
+    data = bytearray(data)
+    for mark, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.find(mark)
+        while at >= 0:
+            data[at + offset : at + offset + 2] = flags.to_bytes(2, "little")
+            at = data.find(mark, at + 4)
+    return bytes(data)
+
+
+DEFLATED = {"compression": zipfile.ZIP_DEFLATED}
+BAD_ZIPS = {
+    "a program": zipped("a.exe"),
+    "in a folder": zipped("a/b/c.EXE"),
+    "zip in zip": zipped(("n.zip", zipped("a.exe"))),
+    "deflated zip in zip": zipped(("n.zip", zipped("a.exe")), **DEFLATED),
+    "zip in zip under another name": zipped(("n.dat", zipped("a.exe"))),
+    "deep": zipped(("1.zip", zipped(("2.zip", zipped(("3.zip", zipped("a.exe"))))))),
+    "too deep": zipped(
+        (
+            "1.zip",
+            zipped(
+                ("2.zip", zipped(("3.zip", zipped(("4.zip", zipped(("5.zip", zipped("a.txt"))))))))
+            ),
+        )
+    ),
+    "truncated": zipped("a.txt")[:-10],
+    "cut in the middle": zipped("a.txt", content=b"x" * 1000)[:500],
+    "a program under the name of a zip": b"MZ\x90\0" + b"\0" * 500,
+    "self-extracting": b"MZ\x90\0" + b"\0" * 500 + zipped("a.txt"),
+    "junk": b"junk",
+    "encrypted program": flagged(zipped("a.exe"), 1),
+    "encrypted zip in zip": flagged(zipped(("n.zip", zipped("a.txt"))), 1),
+    "hidden directory": flagged(zipped("a.txt"), 0x2001),
+    "lzma zip in zip": zipped(("n.zip", zipped("a.txt")), compression=zipfile.ZIP_LZMA),
+    "damaged zip in zip": zipped(("n.zip", b"PK\3\4 damaged")),
+    "other name in the local header": local_name_differs("a.exe", "a.txt"),
+    "name in an extra field": unicode_path("a.exe"),
+    "right to left": zipped("a\u202etxt.exe"),
+    "bomb": zipped(("n.zip", b"PK\3\4" + b"\0" * 110_000_000), **DEFLATED),
+    "many names": zipped(*(f"{i}.txt" for i in range(10_001))),
+}
+
+
+@pytest.mark.parametrize("data", BAD_ZIPS.values(), ids=BAD_ZIPS)
+def test_bad_zips(data):
+    began = time.process_time()
+    assert removed(attached(data), scan_zip=True)
+    assert removed(attached(data, kind="application/octet-stream"), scan_zip=True)
+    assert time.process_time() - began < 20
+
+
+def test_unpacked_bytes_are_bounded(monkeypatch):
+    monkeypatch.setattr(mime, "MAX_UNPACKED", 100_000)
+    data = zipped(("n.zip", zipped("a.txt", content=b"x" * 200_000)), **DEFLATED)
+    with pytest.raises(zipfile.BadZipFile, match="unpacks to more than 100000 bytes"):
+        mime.zipnames(data)
+    halves = zipped(*[(f"{i}.zip", zipped("a.txt", content=b"x" * 60_000)) for i in (1, 2)])
+    assert removed(attached(halves), scan_zip=True)
+    assert not removed(attached(zipped("a.txt", content=b"x" * 200_000)), scan_zip=True)
+
+
+def test_zips_under_another_name():
+    assert removed(attached(zipped("a.exe"), name="x.dat", kind="x/y"), scan_zip=True)
+    assert not removed(attached(b"PK\3\4 junk", name="x.dat", kind="x/y"), scan_zip=True)
+    many = zipped(*(f"{i}.txt" for i in range(10_001)))
+    assert removed(attached(many, name="x.dat", kind="x/y"), scan_zip=True)
+    assert removed(attached(b"junk", name="x", kind="application/x-zip-compressed"), scan_zip=True)
+
+
+def test_harmless_zips():
+    for data in (
+        b"",
+        b"\n",
+        zipped(),
+        zipped("a.txt"),
+        zipped("a/", "b/c.txt"),
+        zipped(("e.zip", b"")),
+        flagged(zipped("a.txt"), 1),
+        zipped("a.txt", compression=zipfile.ZIP_LZMA),
+        zipped(("n.zip", zipped("a.txt")), **DEFLATED),
+        unicode_path("b.txt"),
+    ):
+        assert not removed(attached(data), scan_zip=True)
+
+
+def test_unreadable_zips_raise_from_getnames():
+    with pytest.raises(zipfile.BadZipFile):
+        read(attached(b"junk")).getnames(True)
+
+
+def test_many_local_headers_are_bounded():
+    data = b"PK\3\4" + b"\0" * 22 + b"\1\0\0\0a"
+    with pytest.raises(zipfile.BadZipFile, match="more than 10000 names"):
+        mime.zipnames(data * 10_001)
+    with pytest.raises(zipfile.BadZipFile, match="more than 10000 names"):
+        mime.zipnames(b"PK\3\4" + b"PK\1\2" * 10_001)
+
+
+@given(st.binary(max_size=200), st.integers(0, 10_000), st.binary(max_size=20))
+def test_damaged_zips_never_raise_anything_else(junk, at, patch):
+    data = zipped("a.txt", ("n.zip", zipped("b.txt")), **DEFLATED)
+    at %= len(data)
+    for bad in (junk, b"PK\3\4" + junk, data[:at] + patch + data[at + len(patch) :]):
+        try:
+            names = mime.zipnames(bad)
+        except zipfile.BadZipFile:
+            continue
+        assert all(kind == "zipname" and isinstance(name, str) for kind, name in names)
+
+
+# -- HTML
+
+
+HTML = b"<p>Gr\xfc\xdfe<script>alert(1)</script> <a onclick=x>y</a>\n"
+CLEAN = b"<p>Gr\xfc\xdfe" + mime.HTMLScriptFilter.msg.encode() + b" <a>y</a>\n"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "Content-Type: text/html; charset=iso-8859-1",
+        "Content-Type: TEXT/HTML",
+        "Content-Type: text/html; charset=nonsense",
+        "Content-Type: text/html; charset=utf-8",
+        "Content-Type: application/xhtml+xml",
+        "Content-Type: image/svg+xml",
+        "Content-Type: application/octet-stream; name=a.htm",
+        "Content-Type: application/octet-stream; name=a.HTML",
+        "Content-Type: x/y\nContent-Disposition: attachment; filename*=utf-8''a%2Ehtm",
+        "Content-Type: text/plain\nContent-Type: text/html",
+    ],
+)
+@pytest.mark.parametrize("encoding", ["8bit", "base64", "quoted-printable", None])
+def test_scripts_are_removed_from_html(headers, encoding):
+    body = {
+        "base64": base64.encodebytes(HTML),
+        "quoted-printable": HTML.replace(b"=", b"=3D").replace(b"\xfc", b"=FC"),
+    }.get(encoding, HTML)
+    if encoding:
+        headers += f"\nContent-Transfer-Encoding: {encoding}"
+    msg = read(part(headers, body))
+    assert mime.check_html(msg) == 0
+    written = msg.as_bytes()
+    assert written.startswith(headers.encode() + b"\n\n")
+    again = read(written)
+    assert again.get_payload_decoded() == CLEAN
+    mime.check_html(again)
+    assert not again.ismodified()
+
+
+@pytest.mark.parametrize(
+    "charset", ["utf-16", "utf-16-le", "utf-32", "utf-7", "iso-2022-jp", "hz", "cp037"]
+)
+def test_html_in_charsets_unlike_ascii(charset):
+    html = (
+        "<p>x<script>alert(1)</script>\u3042"
+        if charset in ("iso-2022-jp",)
+        else ("<p>x<script>alert(1)</script>")
+    )
+    raw = part(
+        f"Content-Type: text/html; charset={charset}\nContent-Transfer-Encoding: base64",
+        base64.encodebytes(html.encode(charset)),
+    )
+    result = defanged(raw).get_payload_decoded().decode(charset)
+    assert result == html.replace("<script>alert(1)</script>", mime.HTMLScriptFilter.msg)
+
+
+def test_byte_order_marks_rule():
+    for charset in ("utf-16", "utf-32"):
+        raw = part(
+            "Content-Type: text/html\nContent-Transfer-Encoding: base64",
+            base64.encodebytes("<script>x</script>".encode(charset)),
+        )
+        assert "script" not in defanged(raw).get_payload_decoded().decode(charset).replace(
+            mime.HTMLScriptFilter.msg, ""
+        )
+
+
+def test_two_transfer_encodings():
+    raw = part(
+        "Content-Type: text/html\nContent-Transfer-Encoding: 7bit\n"
+        "Content-Transfer-Encoding: base64",
+        base64.encodebytes(HTML),
+    )
+    msg = read(raw)
+    mime.check_html(msg)
+    assert msg.get_all("Content-Transfer-Encoding") == ["base64"]
+    assert msg.get_payload_decoded() == CLEAN
+    raw = part(
+        "Content-Type: text/html\nContent-Transfer-Encoding: (\nContent-Transfer-Encoding: base64",
+        HTML,
+    )
+    msg = read(raw)
+    mime.check_html(msg)
+    assert msg.get_all("Content-Transfer-Encoding") == ["8bit"]
+
+
+def test_other_parts_are_not_html():
+    for raw in (part("Content-Type: text/plain", HTML), mixed(part("X: y", HTML)), b""):
+        msg = read(raw)
+        assert mime.check_html(msg) == 0
+        assert msg.as_bytes() == raw
+
+
+def test_html_and_names_in_one_message():
+    result = defanged(
+        mixed(
+            part("Content-Type: text/html", HTML),
+            attached_message(mixed(part("Content-Type: text/html", HTML)), 2),
+            part("Content-Type: x/y; name=a.exe"),
+        )
+    )
+    assert result.as_bytes().count(CLEAN) == 2
+    assert b"alert" not in result.as_bytes()
+
+
+# -- walking
+
+
+def test_check_attachments():
+    msg = read(
+        mixed(
+            GOOD,
+            part("Content-Type: message/rfc822", part("Content-Type: x/inner")),
+            part("Content-Type: x/last"),
+        )
+    )
+    seen = []
+
+    def check(leaf):
+        seen.append(leaf.get_content_type())
+        return 7 if leaf.get_content_type() == stop else 0
+
+    stop = None
+    assert mime.check_attachments(msg, check) == 0
+    assert seen == ["text/plain", "x/inner", "x/last"]
+    seen.clear()
+    stop = "x/inner"
+    assert mime.check_attachments(msg, check, [1]) == 7
+    assert seen == ["text/plain", "x/inner"]
+
+
+def test_defang_reports_earlier_changes():
+    msg = read(GOOD)
+    assert mime.defang(msg) is False
+    msg["X"] = "y"
+    assert mime.defang(msg) is True
+
+
+# -- any tree
+
+NAMES = st.sampled_from(
+    [
+        "",
+        "; name=a.exe",
+        "; name=a.txt",
+        '; name="b.scr',
+        "; name*=x''a%2Epif",
+        "; name*0=a; name*1=.js",
+        '; name="=?utf-8?q?a=2Evbs?="',
+        "; name=x.zip",
+        "; name=x.html",
+        "; name=a.exe.; name=b",
+    ]
+)
+HEADERS = st.sampled_from(
+    [
+        "",
+        "\nContent-Disposition: attachment; filename=c.com",
+        "\nContent-Transfer-Encoding: base64",
+        "\nContent-Disposition: x; filename*=utf-8''%61.bat",
+        "\nContent-Type: x/y; name=d.reg",
+        "\nContent-Transfer-Encoding: quoted-printable",
+    ]
+)
+BODIES = st.sampled_from(
+    [
+        b"",
+        b"x\n",
+        HTML,
+        base64.encodebytes(HTML),
+        zipped("a.exe"),
+        base64.encodebytes(zipped("a.lnk")),
+        b"begin 644 u.exe\n#86)C\n`\nend\n",
+        b"\xff\0\r\n",
+        b"--bb\n",
+        b"--other--\n",
+        b"--bb--\n",
+    ]
+)
+
+
+def leaf(draw):
+    kind = draw(st.sampled_from(["text/plain", "text/html", "application/zip", "x/y", "", "junk"]))
+    return part(f"Content-Type: {kind}{draw(NAMES)}{draw(HEADERS)}", draw(BODIES))
+
+
+@st.composite
+def trees(draw, depth=3):
+    kind = draw(st.sampled_from(["leaf", "leaf", "multipart", "message", "digest"]))
+    if kind == "leaf" or depth == 0:
+        return leaf(draw)
+    children = draw(st.lists(trees(depth - 1), max_size=3))
+    if kind == "message":
+        head = f"Content-Type: message/rfc822{draw(NAMES)}{draw(HEADERS)}"
+        return part(head, children[0] if children else b"")
+    boundary = draw(st.sampled_from(["bb", "other", f"deep{depth}"]))
+    quoted = draw(st.sampled_from([boundary, f'"{boundary}"', f'""{boundary}""', "absent", '"']))
+    mark = b"--" + boundary.encode()
+    end = draw(st.sampled_from([mark + b"--\n", b"", b"\n"]))
+    kind = "digest" if kind == "digest" else "mixed"
+    head = f"Content-Type: multipart/{kind}; boundary={quoted}{draw(NAMES)}{draw(HEADERS)}"
+    return part(head, b"".join(mark + b"\n" + child + b"\n" for child in children) + end)
+
+
+@settings(deadline=None)
+@given(trees())
+def test_no_bad_name_and_no_script_is_left_in_any_tree(raw):
+    msg = read(raw)
+    mime.defang(msg, scan_zip=True)
+    for tree in (msg, read(msg.as_bytes())):
+        for found in tree.walk():
+            for _, name in found.getnames(scan_zip=True):
+                assert not mime.check_ext(name)
+    again = read(msg.as_bytes())
+    mime.defang(again, scan_zip=True)
+    assert again.as_bytes() == msg.as_bytes()
