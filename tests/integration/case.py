@@ -142,6 +142,7 @@ def pipelined(*steps: Step) -> Step:
 
 
 def is_positive(expect: Expected) -> bool:
+    """Whether a client goes on after this reply."""
     text = expect if isinstance(expect, str) else expect.pattern
     return text.lstrip("^")[:1] in ("2", "3", "")
 
@@ -379,7 +380,12 @@ class Transaction:
 
 @dataclass
 class Outcome:
-    """What came out of a run: replies by position, events of the filter, mail."""
+    """What came out of a run.
+
+    :ivar replies: the label of each step and the reply to it.
+    :ivar seen: for each callback the connection's number, whether its verdict ended the message, the
+        callback's name and its arguments.
+    """
 
     replies: list[tuple[str, str]] = field(default_factory=list)
     seen: list[list[Any]] = field(default_factory=list)
@@ -464,26 +470,27 @@ def _order_problems(outcome: Outcome) -> list[str]:
             found.append(f"connection {number}: close is not once and last: {names}")
         if "connect" in names[1:]:
             found.append(f"connection {number}: connect comes late: {names}")
-        found.extend(f"connection {number}: {text}: {names}" for text in _bad_order(names))
+        ends = [event[1] for event in outcome.seen if event[0] == number]
+        found.extend(f"connection {number}: {text}: {names}" for text in _bad_order(names, ends))
     return found
 
 
 _CONTENT = ("data", "header", "eoh", "body", "eom")
 
 
-def _bad_order(names: Sequence[str]) -> list[str]:
+def _bad_order(names: Sequence[str], ends: Sequence[bool]) -> list[str]:
     found = []
-    open_message = aborted = False
+    open_message = False
     at = -1
-    for name in names:
+    for name, ended in zip(names, ends):
         if name == "envfrom":
             if open_message:
                 found.append("a message begins within another")
-            open_message, aborted, at = True, False, -1
+            open_message, at = True, -1
         elif name == "abort":
-            if aborted or not open_message:
+            if not open_message:
                 found.append("abort without a message that is open")
-            open_message, aborted = False, True
+            open_message = False
         elif name in _CONTENT:
             if not open_message or _CONTENT.index(name) < at:
                 found.append(f"{name} out of order")
@@ -491,6 +498,7 @@ def _bad_order(names: Sequence[str]) -> list[str]:
             open_message = name != "eom"
         elif name == "envrcpt" and (not open_message or at >= 0):
             found.append("envrcpt out of order")
+        open_message = open_message and not ended
     return found
 
 

@@ -36,6 +36,8 @@ STAGES = (
     "abort",
     "close",
 )
+MESSAGE_STAGES = ("envfrom", "data", "header", "eoh", "body", "eom")
+GOING_ON = (Milter.CONTINUE, Milter.SKIP, Milter.NOREPLY)
 LONG = 2000  # bytes of a body that are worth repeating
 
 _lock = threading.Lock()
@@ -67,8 +69,15 @@ def callback(stage: str, spec: Filter) -> Any:
         if macros:
             note.append({name: self.getsymval(name) for name in macros})
         self.say(stage, *note)
-        verdict = action(self) if action else None
-        return Milter.CONTINUE if verdict is None or isinstance(verdict, tuple) else verdict
+        try:
+            verdict = action(self) if action else None
+        except Exception:
+            self.note_end(stage)
+            raise
+        verdict = Milter.CONTINUE if verdict is None or isinstance(verdict, tuple) else verdict
+        if verdict not in GOING_ON:
+            self.note_end(stage)
+        return verdict
 
     method.__name__ = method.__qualname__ = stage
     if stage in spec.symlist:
@@ -90,8 +99,13 @@ def make_class(run: str, spec: Filter) -> Any:
             _connections += 1
             self.number = _connections
 
+    def note_end(self: Any, stage: str) -> None:
+        """A verdict ends the message here: no abort follows."""
+        if stage in MESSAGE_STAGES:
+            self.say("over")
+
     names: dict[str, Any] = {stage: callback(stage, spec) for stage in STAGES}
-    names.update(__init__=init, say=say_of)
+    names.update(__init__=init, say=say_of, note_end=note_end)
     made = type("CaseFilter", (Milter.Base,), names)
     for name in spec.decorate:
         made = getattr(Milter, name)(made)

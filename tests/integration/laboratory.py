@@ -136,3 +136,19 @@ def _make_credentials(base: Path) -> None:
         check=True, capture_output=True, timeout=WAIT,
     )  # fmt: skip
     (base / "key.pem").chmod(0o600)
+    found = sendmail.tree()
+    tool = found and found / "usr/sbin/saslpasswd2"
+    if tool and tool.exists():
+        database = base / "sasldb2"
+        subprocess.run(
+            [str(tool), "-f", str(database), "-c", "-p", "-u", "mx.test.invalid", "tester"],
+            input=b"secret", check=True, timeout=WAIT,
+        )  # fmt: skip
+        database.chmod(0o644)
+        # Debian's Postfix looks below its own configuration, whatever it is told.
+        (base / "etc" / "sasl").mkdir(parents=True)
+        for name in ("smtpd", "Sendmail"):
+            (base / "etc" / "sasl" / f"{name}.conf").write_text(
+                "pwcheck_method: auxprop\nauxprop_plugin: sasldb\n"
+                f"mech_list: PLAIN LOGIN\nsasldb_path: {database}\n"
+            )

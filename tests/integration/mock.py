@@ -144,6 +144,8 @@ class _Session:
         self._forget()
 
     def _answer(self, step: Step) -> str:
+        if step.do != "banner" and not self.mta._wire.is_open:
+            return "closed"
         text = step.text.decode("utf-8", "surrogateescape")
         verb = text[:4].upper()
         if step.do == "banner":
@@ -179,6 +181,8 @@ class _Session:
         self.mta = MTA.connect(self._socket, dialect=Dialect.POSTFIX, timeout=60)
         reply = self.mta.connect_info("localhost", self._client, 2525, macros=CONNECT_MACROS)
         self._blocked = self._session_verdict(reply)
+        if self._blocked.startswith("5"):
+            return "554 mx.test.invalid ESMTP not accepting connections"
         return "220 mx.test.invalid ESMTP Mock"
 
     def _session_verdict(self, reply: Reply) -> str:
@@ -189,14 +193,12 @@ class _Session:
 
     def _hello(self, name: str) -> str:
         self._abort()
-        if self._blocked:
-            return self._blocked
-        if not self._silent:
+        if not self._silent and not self._blocked:
             macros = TLS_MACROS if self._secure else None
-            refusal = self._session_verdict(self.mta.helo(name, macros=macros))
-            if refusal:
-                self._blocked = refusal
-                return refusal
+            self._blocked = self._session_verdict(self.mta.helo(name, macros=macros))
+            if self._blocked.startswith("421"):
+                self._quit()
+                return self._blocked
         return "250 mx.test.invalid"
 
     def _unknown(self, text: str) -> str:

@@ -57,9 +57,10 @@ smtpd_tls_key_file = {base}/key.pem
 smtpd_tls_received_header = no
 tls_random_source = dev:/dev/urandom
 smtpd_sasl_auth_enable = {auth}
+smtpd_sasl_local_domain = mx.test.invalid
 smtpd_sasl_type = cyrus
 smtpd_sasl_path = smtpd
-cyrus_sasl_config_path = {base}/sasl
+cyrus_sasl_config_path = {base}/etc/sasl
 smtpd_milters = {unix}
 non_smtpd_milters = {unix}
 milter_default_action = tempfail
@@ -128,17 +129,12 @@ class Postfix:
 
     def _prepare(self, sockets: Mapping[str, str], sink: int) -> None:
         base = self.base
-        for name in ("etc", "queue", "data", "sasl"):
+        for name in ("etc", "queue", "data"):
             (base / name).mkdir(exist_ok=True)
             (base / name).chmod(0o755)
         os.chown(base / "data", pwd.getpwnam("postfix").pw_uid, -1)
         (base / "data").chmod(0o700)
         auth = (base / "sasldb2").exists()
-        if auth:
-            (base / "sasl" / "smtpd.conf").write_text(
-                "pwcheck_method: auxprop\nauxprop_plugin: sasldb\n"
-                f"mech_list: PLAIN LOGIN\nsasldb_path: {base}/sasldb2\n"
-            )
         ipv6 = has_ipv6()
         (base / "etc" / "main.cf").write_text(
             MAIN_CF.format(
@@ -161,7 +157,7 @@ class Postfix:
             option = f" -o milter_default_action={action}"
             lines.append(self._listener(action, "127.0.0.1", option))
         (base / "etc" / "master.cf").write_text("".join(lines) + MASTER_CF)
-        for path in (base / "etc").iterdir():
+        for path in (base / "etc").glob("*.cf"):
             # Postfix waits for a configuration that was written just now to settle.
             os.utime(path, (time.time() - 60, time.time() - 60))
 

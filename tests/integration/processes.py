@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,18 @@ class CaseFilter:
         self._wait(f"no {count} times {name}", lambda: len(self._of(run, name)) >= count)
 
     def finish(self, run: str, connections: int) -> list[list[Any]]:
-        """Wait until so many connections were closed; what happened: [connection, time, name…]."""
+        """Wait until so many connections were closed.
+
+        Returns what happened: the connection's number, whether the verdict has ended the message,
+        the callback, its arguments.
+        """
         self._wait(
             f"not {connections} connections closed",
             lambda: len(self._of(run, "close")) >= connections,
         )
         with self._news:
             events = [e for e in self._events if e[0] == run and e[2] != "ready"]
-        return [[event[1], 0, *event[2:]] for event in events]
+        return _with_ends(events)
 
     def listens(self) -> bool:
         """Whether its socket takes connections."""
@@ -171,9 +175,12 @@ class CaseFilter:
         self._thread.join(WAIT)
 
 
-@contextlib.contextmanager
-def running(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    try:
-        yield process
-    finally:
-        end(process)
+def _with_ends(events: list[list[Any]]) -> list[list[Any]]:
+    seen: list[list[Any]] = []
+    for _, connection, name, *rest in events:
+        if name == "over":
+            last = next(event for event in reversed(seen) if event[0] == connection)
+            last[1] = True
+        else:
+            seen.append([connection, False, name, *rest])
+    return seen

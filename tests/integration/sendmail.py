@@ -48,6 +48,8 @@ FEATURE(`promiscuous_relay')
 define(`confINPUT_MAIL_FILTERS', `')
 MAILER(`local')
 MAILER(`smtp')
+LOCAL_CONFIG
+ESASL_CONF_PATH={base}/etc/sasl
 LOCAL_RULE_0
 R$+ < @ $+ >	$#sink $@ [127.0.0.1] $: $1 < @ $2 >
 LOCAL_RULESETS
@@ -163,11 +165,10 @@ class Sendmail:
             )  # fmt: skip
 
     def _command(self, config: str, *arguments: str) -> list[str]:
-        # A host name without a dot would make sendmail sleep: it gets one of its own.  SASL's
-        # data base has one path only, so that is laid over.
-        prepare = 'hostname mx.test.invalid; [ ! -e "$0" ] || { touch /etc/sasldb2; mount --bind "$0" /etc/sasldb2; }; exec "$@"'
+        # A host name without a dot would make sendmail sleep: it gets one of its own.
+        prepare = 'hostname mx.test.invalid; exec "$@"'
         return [
-            "unshare", "--uts", "--mount", "sh", "-c", prepare, str(self.base / "sasldb2"),
+            "unshare", "--uts", "sh", "-c", prepare, "sh",
             str(self._binary), "-C", str(self.base / f"{config}.cf"),
             "-D", str(self.base / "debug.log"), "-d64.5", *arguments,
         ]  # fmt: skip

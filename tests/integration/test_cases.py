@@ -21,4 +21,4 @@ def test_case(case: Case, mta: str, lab: laboratory.Laboratory) -> None:
         pytest.skip(reason)
     bench = lab.bench(mta)
     found = problems(case.on(mta), bench.run(case))
-    assert not found, "\n".join(found + bench.filter(case.port).log[-30:])
+    assert not found, "\n".join(found + bench.filter(case.port).log[-30:] + [bench.server.log[-3000:]])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from integration.case import Case
-from integration.cases import headers, verdicts
+from integration.cases import headers, sessions, verdicts
 
-MODULES = (verdicts, headers)
+MODULES = (verdicts, headers, sessions)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 _BY_NAME = {case.name: case for case in CASES}
