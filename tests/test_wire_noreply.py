@@ -233,3 +233,16 @@ def test_an_exception_in_an_unknown_command_leaves_no_debt(silent_at: Callable[.
     with session(silent_at("unknown"), unknown="raise ValueError(tag)") as each:
         assert each.reach("eom").verdict is Verdict.CONTINUE
     assert each.log().count("exception in the unknown callback") == 1
+
+
+def test_no_abort_for_a_message_that_the_application_never_saw(
+    silent_at: Callable[..., Any],
+) -> None:
+    with session(
+        silent_at("connect", "envfrom"), connect="1/0", envfrom="say(stage)", abort="say(stage)"
+    ) as each:
+        each.connect()
+        assert outcome(each.mta.helo("h")) == SOFT
+        each.mta.mail("<a@b>")
+        each.mta.abort()
+    assert each.said() == []
