@@ -35,6 +35,11 @@ def gone(socket_name: str) -> None:
     wait_until(lambda: not os.path.exists(path_of(socket_name)), "the filter still listens")
 
 
+def there(socket_name: str) -> None:
+    """Wait until a filter has made its unix socket."""
+    wait_until(lambda: os.path.exists(path_of(socket_name)), "the filter does not listen")
+
+
 def bits(value: str) -> set[int]:
     number = int(value, 16)
     return {n for n in range(1, 65) if number >> (n - 1) & 1}

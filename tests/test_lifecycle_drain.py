@@ -146,6 +146,38 @@ def test_an_mta_that_goes_away_ends_the_drain(run_filter, connect):
 # --- what is new -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["unix", "inet", "inet-any", "inet6", "inet6-any"])
+def test_new_connections_are_refused_at_once(held, connect, free_port, family):
+    port = free_port()
+    where = {
+        "unix": None,
+        "inet": f"inet:{port}@127.0.0.1",
+        "inet-any": f"inet:{port}",
+        "inet6": f"inet6:{port}@[::1]",
+        "inet6-any": f"inet6:{port}",
+    }[family]
+    filter_, hold = held("eom", socket=where)
+    address = parse_socket(filter_.socket)
+    mta = connect(filter_)
+    message = Sending(mta)
+    filter_.wait_for("in eom")
+
+    def refused() -> bool:
+        with socket.socket(address.family) as probe:
+            # The listening socket is gone, or it is another's: no connection comes about.
+            return probe.connect_ex(address.address) != 0
+
+    begin = time.monotonic()
+    os.kill(filter_.pid, signal.SIGTERM)
+    wait_until(refused, "new connections are still accepted")
+    assert time.monotonic() - begin < IDLE_STOP
+    assert all(refused() for _ in range(5))
+    hold.release()
+    assert is_complete(message.result())
+    mta.expect_close()
+    assert filter_.wait() == 0
+
+
 def test_another_filter_can_take_over_while_the_old_one_drains(held, run_filter, connect):
     old, hold = held("eom")
     mta = connect(old)
@@ -159,6 +191,26 @@ def test_another_filter_can_take_over_while_the_old_one_drains(held, run_filter,
     assert old.wait() == 0
     idle(new)
     assert new.stop() == 0
+
+
+def test_another_filter_can_take_over_a_port(held, run_filter, connect, free_port):
+    old, hold = held("eom", socket=f"inet:{free_port()}@127.0.0.1")
+    mta = connect(old)
+    message = Sending(mta)
+    old.wait_for("in eom")
+    os.kill(old.pid, signal.SIGTERM)
+    address = parse_socket(old.socket).address
+
+    def refused() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(address) != 0
+
+    wait_until(refused, "the port is still taken")
+    new = idle(run_filter("l_filter", socket=old.socket))
+    hold.release()
+    assert is_complete(message.result())
+    assert old.wait() == 0
+    idle(new)
 
 
 def test_a_new_message_on_an_open_connection_is_put_off(held, connect):
@@ -279,55 +331,3 @@ def test_no_time_to_drain_cuts_at_once(run_filter, connect):
     mta.expect_close()
     assert took < IDLE_STOP
     assert "in close" in filter_.output
-
-
-@pytest.mark.parametrize("family", ["unix", "inet", "inet-any", "inet6", "inet6-any"])
-def test_new_connections_are_refused_at_once(held, connect, free_port, family):
-    port = free_port()
-    where = {
-        "unix": None,
-        "inet": f"inet:{port}@127.0.0.1",
-        "inet-any": f"inet:{port}",
-        "inet6": f"inet6:{port}@[::1]",
-        "inet6-any": f"inet6:{port}",
-    }[family]
-    filter_, hold = held("eom", socket=where)
-    address = parse_socket(filter_.socket)
-    mta = connect(filter_)
-    message = Sending(mta)
-    filter_.wait_for("in eom")
-
-    def refused() -> bool:
-        with socket.socket(address.family) as probe:
-            # The listening socket is gone, or it is another's: no connection comes about.
-            return probe.connect_ex(address.address) != 0
-
-    begin = time.monotonic()
-    os.kill(filter_.pid, signal.SIGTERM)
-    wait_until(refused, "new connections are still accepted")
-    assert time.monotonic() - begin < IDLE_STOP
-    assert all(refused() for _ in range(5))
-    hold.release()
-    assert is_complete(message.result())
-    mta.expect_close()
-    assert filter_.wait() == 0
-
-
-def test_another_filter_can_take_over_a_port(held, run_filter, connect, free_port):
-    old, hold = held("eom", socket=f"inet:{free_port()}@127.0.0.1")
-    mta = connect(old)
-    message = Sending(mta)
-    old.wait_for("in eom")
-    os.kill(old.pid, signal.SIGTERM)
-    address = parse_socket(old.socket).address
-
-    def refused() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(address) != 0
-
-    wait_until(refused, "the port is still taken")
-    new = idle(run_filter("l_filter", socket=old.socket))
-    hold.release()
-    assert is_complete(message.result())
-    assert old.wait() == 0
-    idle(new)

@@ -27,6 +27,7 @@ from lifecycle_support import (
     passes,
     path_of,
     signal_set,
+    there,
 )
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -173,6 +174,42 @@ def test_a_second_signal_does_not_cut_the_drain(held):
     assert filter_.wait() == 0
 
 
+@each_stop_signal
+def test_a_signal_in_the_first_moments_is_not_lost(run_filter, number):
+    filters = [run_filter("l_stamp") for _ in range(6)]  # at once, so that they get in their way
+    for filter_ in filters:
+        filter_.mta().close()  # it has negotiated: main() runs, but hardly longer
+        os.kill(filter_.pid, number)
+    assert [filter_.wait() for filter_ in filters] == [0] * len(filters)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_before_main_runs_is_not_lost(run_filter, number):
+    filters = [run_filter("l_stamp") for _ in range(6)]
+    for filter_ in filters:
+        there(filter_.socket)
+        os.kill(filter_.pid, number)
+    # Before main() has taken the signal, its default action is as good an end.
+    assert {filter_.wait() for filter_ in filters} <= {0, -number}
+
+
+def test_the_wakeup_fd_of_the_application_still_learns_of_signals(running):
+    filter_ = running("--wakeup", "pipe", "--handle", "USR1", "say")
+    os.kill(filter_.pid, signal.SIGUSR1)
+    filter_.wait_for("handler SIGUSR1")
+    assert filter_.stop() == 0
+    assert filter_.wait_for("wakeup bytes").split()[2:] == [str(int(signal.SIGUSR1))]
+
+
+def test_a_signal_that_the_program_blocks_stays_blocked(running):
+    filter_ = running("--block", "TERM")
+    assert signal.SIGTERM in signal_set(filter_.pid, "SigBlk")
+    os.kill(filter_.pid, signal.SIGTERM)
+    passes(filter_)
+    assert filter_.stop(signal.SIGHUP) == 0
+    assert "mask kept True" in filter_.output
+
+
 # --- main() on another thread ----------------------------------------------------------------
 
 main_waits = pytest.mark.parametrize("wait", ["sleep", "event", "pause", "join"])
@@ -224,16 +261,6 @@ def test_the_default_action_is_taken_after_the_drain(held, thread, wait, number)
     assert "in close" in filter_.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
-@pytest.mark.parametrize("wait", ["sleep", "event"])
-def test_an_idle_filter_on_another_thread_ends_at_once(running, number, wait):
-    filter_ = running("--on", "daemon", "--wait", wait)
-    took = end(filter_, number)
-    assert filter_.wait() == -number
-    assert took < IDLE_STOP
-    assert not os.path.exists(path_of(filter_.socket))
-
-
 @pytest.mark.parametrize("thread", ["daemon", "thread"])
 def test_an_ignored_signal_stays_ignored_beside_another_thread(running, thread):
     filter_ = running("--on", thread, "--wait", "sleep", "--handle", "HUP", "ignore")
@@ -254,6 +281,54 @@ def test_an_asyncio_program_beside_a_filter_takes_the_default_action(running):
     filter_ = running("--on", "thread", "--wait", "asyncio")
     filter_.wait_for("loop runs")
     assert filter_.stop(signal.SIGHUP) == -signal.SIGHUP
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_the_main_thread_does_not_go_on_from_pause_before_the_action(held, number):
+    filter_, hold, message, mta = held("--on", "daemon", "--wait", "pause-once")
+    os.kill(filter_.pid, number)
+    gone(filter_.socket)
+    hold.release()
+    assert message.result().verdict is Verdict.ACCEPT
+    mta.expect_close()
+    assert filter_.wait() == -number
+    assert "pause returned" not in filter_.output
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt in the main thread" in filter_.output
+
+
+def test_a_program_that_waits_for_a_blocked_signal_gets_it(held):
+    filter_, hold, message, mta = held("--block", "TERM", "--on", "daemon", "--wait", "sigwait")
+    os.kill(filter_.pid, signal.SIGTERM)
+    filter_.wait_for("sigwait returned")  # its program stops the filter then
+    hold.release()
+    assert message.result().verdict is Verdict.ACCEPT
+    mta.expect_close()
+    assert filter_.wait() == 0
+    assert "end of the program" in filter_.output
+
+
+@main_waits
+def test_the_default_of_an_interrupt_is_put_off_too(held, wait):
+    filter_, hold, message, mta = held("--on", "daemon", "--wait", wait)
+    os.kill(filter_.pid, signal.SIGINT)
+    gone(filter_.socket)
+    assert "KeyboardInterrupt" not in filter_.output
+    hold.release()
+    assert message.result().verdict is Verdict.ACCEPT
+    mta.expect_close()
+    assert filter_.wait() == -signal.SIGINT
+    assert "KeyboardInterrupt in the main thread" in filter_.output
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
+@pytest.mark.parametrize("wait", ["sleep", "event"])
+def test_the_idle_filter_on_another_thread_ends_at_once(running, number, wait):
+    filter_ = running("--on", "daemon", "--wait", wait)
+    took = end(filter_, number)
+    assert filter_.wait() == -number
+    assert took < IDLE_STOP
+    assert not os.path.exists(path_of(filter_.socket))
 
 
 # --- child processes --------------------------------------------------------------------------
@@ -305,68 +380,3 @@ def test_a_child_forked_by_a_handler_keeps_its_signals_to_itself(running):
     passes(filter_)
     assert filter_.stop() == 0
     assert filter_.output.count("handler SIGUSR2 say") == 1
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_the_main_thread_does_not_go_on_from_pause_before_the_action(held, number):
-    filter_, hold, message, mta = held("--on", "daemon", "--wait", "pause-once")
-    os.kill(filter_.pid, number)
-    gone(filter_.socket)
-    hold.release()
-    assert message.result().verdict is Verdict.ACCEPT
-    mta.expect_close()
-    assert filter_.wait() == -number
-    assert "pause returned" not in filter_.output
-    if number == signal.SIGINT:
-        assert "KeyboardInterrupt in the main thread" in filter_.output
-
-
-def test_the_wakeup_fd_of_the_application_still_learns_of_signals(running):
-    filter_ = running("--wakeup", "pipe", "--handle", "USR1", "say")
-    os.kill(filter_.pid, signal.SIGUSR1)
-    filter_.wait_for("handler SIGUSR1")
-    assert filter_.stop() == 0
-    assert filter_.wait_for("wakeup bytes").split()[2:] == [str(int(signal.SIGUSR1))]
-
-
-def test_a_signal_that_the_program_blocks_stays_blocked(running):
-    filter_ = running("--block", "TERM")
-    assert signal.SIGTERM in signal_set(filter_.pid, "SigBlk")
-    os.kill(filter_.pid, signal.SIGTERM)
-    passes(filter_)
-    assert filter_.stop(signal.SIGHUP) == 0
-    assert "mask kept True" in filter_.output
-
-
-def test_a_program_that_waits_for_a_blocked_signal_gets_it(held):
-    filter_, hold, message, mta = held("--block", "TERM", "--on", "daemon", "--wait", "sigwait")
-    os.kill(filter_.pid, signal.SIGTERM)
-    filter_.wait_for("sigwait returned")  # its program stops the filter then
-    hold.release()
-    assert message.result().verdict is Verdict.ACCEPT
-    mta.expect_close()
-    assert filter_.wait() == 0
-    assert "end of the program" in filter_.output
-
-
-@main_waits
-def test_the_default_of_an_interrupt_is_put_off_too(held, wait):
-    filter_, hold, message, mta = held("--on", "daemon", "--wait", wait)
-    os.kill(filter_.pid, signal.SIGINT)
-    gone(filter_.socket)
-    assert "KeyboardInterrupt" not in filter_.output
-    hold.release()
-    assert message.result().verdict is Verdict.ACCEPT
-    mta.expect_close()
-    assert filter_.wait() == -signal.SIGINT
-    assert "KeyboardInterrupt in the main thread" in filter_.output
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda n: n.name)
-@pytest.mark.parametrize("wait", ["sleep", "event"])
-def test_the_idle_filter_on_another_thread_ends_at_once(running, number, wait):
-    filter_ = running("--on", "daemon", "--wait", wait)
-    took = end(filter_, number)
-    assert filter_.wait() == -number
-    assert took < IDLE_STOP
-    assert not os.path.exists(path_of(filter_.socket))

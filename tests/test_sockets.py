@@ -190,6 +190,15 @@ def test_without_rmsock_a_socket_that_was_left_behind_is_an_error(opened, direct
     assert path.stat().st_ino == before
 
 
+def test_a_link_to_a_socket_is_left_alone(opened, directory):
+    path, target = directory / "s", directory / "target"
+    with listener(target):
+        path.symlink_to(target)
+        fails(opened(f"unix:{path}"), path)
+        assert path.is_symlink()
+        assert target.is_socket()
+
+
 def test_without_rmsock_a_free_path_is_taken(opened, directory):
     filter_ = opened(f"unix:{directory}/s", "--keep")
     works(filter_)
@@ -400,12 +409,3 @@ def listens(where):
     address = parse_socket(where)
     with socket.socket(address.family) as probe:
         return probe.connect_ex(address.address) == 0
-
-
-def test_a_link_to_a_socket_is_left_alone(opened, directory):
-    path, target = directory / "s", directory / "target"
-    with listener(target):
-        path.symlink_to(target)
-        fails(opened(f"unix:{path}"), path)
-        assert path.is_symlink()
-        assert target.is_socket()
