@@ -146,6 +146,23 @@ def test_the_program_ends_while_a_callback_spins(program, connect):
     assert isinstance(message.outcome(), FilterClosed)
 
 
+def test_no_callback_begins_once_the_interpreter_ends(program, connect, directory):
+    last = Held(directory, "last")
+    fifo = last.options[-1].partition(":")[2]
+    made = program("return", "--drain", "0.1", "--last", fifo, mode=("-X", "dev"), at="header")
+    message = Sending(connect(made.filter))
+    made.filter.wait_for("in header")
+    made.end()
+    made.filter.wait_for("atexit, registered early")  # our own part of the end is over
+    made.hold.release()
+    made.filter.wait_for("out header")
+    assert isinstance(message.outcome(), FilterClosed)  # libmilter has closed the connection
+    last.release()
+    made.check("return")
+    assert "in close" not in made.filter.output
+    last.close()
+
+
 @each_mode
 def test_a_callback_that_is_left_behind_does_no_harm_after_main(
     run_filter, directory, connect, mode

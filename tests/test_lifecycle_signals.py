@@ -245,7 +245,13 @@ def test_other_handlers_run_in_the_main_thread(running, wait):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
 @pytest.mark.parametrize(
     ("thread", "wait"),
-    [("daemon", "sleep"), ("daemon", "event"), ("daemon", "pause"), ("thread", "join")],
+    [
+        ("daemon", "sleep"),
+        ("daemon", "event"),
+        ("daemon", "pause"),
+        ("daemon", "busy"),
+        ("thread", "join"),
+    ],
 )
 def test_the_default_action_is_taken_after_the_drain(held, thread, wait, number):
     filter_, hold, message, mta = held("--on", thread, "--wait", wait)
@@ -308,7 +314,7 @@ def test_a_program_that_waits_for_a_blocked_signal_gets_it(held):
     assert "end of the program" in filter_.output
 
 
-@main_waits
+@pytest.mark.parametrize("wait", ["sleep", "event", "pause", "join", "busy"])
 def test_the_default_of_an_interrupt_is_put_off_too(held, wait):
     filter_, hold, message, mta = held("--on", "daemon", "--wait", wait)
     os.kill(filter_.pid, signal.SIGINT)

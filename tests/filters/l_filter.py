@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--drain", type=float)
     parser.add_argument("--block", help="a signal to block in the main thread")
     parser.add_argument("--told", help="a FIFO: wait for a byte from it, with --wait told")
+    parser.add_argument("--last", help="a FIFO: wait for a byte from it in the last atexit")
     parser.add_argument("--ending", choices=("return", "exit", "raise"), default="return")
     return parser.parse_args()
 
@@ -253,6 +254,12 @@ def wait_sigwait(worker: threading.Thread) -> None:
     worker.join()
 
 
+def wait_busy(worker: threading.Thread) -> None:
+    """Never in a system call, and mostly with the interpreter lock."""
+    while True:
+        pass
+
+
 def wait_asyncio(worker: threading.Thread) -> None:
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -275,6 +282,7 @@ WAITS = {
     "join": wait_join,
     "sleep": wait_sleep,
     "event": wait_event,
+    "busy": wait_busy,
     "pause": wait_pause,
     "pause-once": wait_pause_once,
     "sigwait": wait_sigwait,
@@ -283,9 +291,16 @@ WAITS = {
 }
 
 
+def last_words(fifo: str | None) -> None:
+    """The last of the program's own code to run."""
+    say("atexit, registered early")
+    if fifo:
+        hold(fifo)
+
+
 def main() -> None:
     options = arguments()
-    atexit.register(say, "atexit, registered early")
+    atexit.register(last_words, options.last)
     Watched.todo = {name: what.partition(":")[::2] for name, what in options.at}
     Milter.factory = Watched
     for name, way in options.handle:
