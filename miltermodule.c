@@ -831,33 +831,41 @@ on_close(SMFICTX *handle)
 /* --- negotiation */
 
 /* sendmail may end a session and begin another on the same connection (SMFIC_QUIT_NC), without
- * a new negotiation.  libmilter goes on with what was agreed, so it is kept under the address
- * of its context until that address is used for a new connection, which negotiates. */
-void
-remember(ContextObject *context, SMFICTX *handle)
-{
-    PyObject *key = PyLong_FromVoidPtr(handle);
-    PyObject *value = Py_BuildValue("(kk)", context->actions, context->protocol);
+ * a new negotiation.  libmilter goes on with what was agreed, and its context has the same
+ * address, under which it is kept here.  Two connections may come to share a place; then the
+ * later one wins, and the other's next session merely does not know of its options: libmilter
+ * itself keeps replies back where none was agreed. */
+static struct {
+    const SMFICTX *handle;
+    unsigned long actions, protocol;
+} agreements[256];
 
-    if (key == NULL || value == NULL || PyDict_SetItem(context->state->agreed, key, value) < 0) {
-        PyErr_Clear(); /* out of memory: the next session has no extra options */
-    }
-    Py_XDECREF(key);
-    Py_XDECREF(value);
+static size_t
+place_of(const SMFICTX *handle)
+{
+    return ((uintptr_t)handle >> 4) % Py_ARRAY_LENGTH(agreements);
 }
 
 void
-recall(ContextObject *context, SMFICTX *handle)
+remember(const ContextObject *context)
 {
-    PyObject *key = PyLong_FromVoidPtr(handle);
-    PyObject *value = key == NULL ? NULL : PyDict_GetItemWithError(context->state->agreed, key);
+    size_t place = place_of(context->handle);
 
-    if (value != NULL) {
-        (void)PyArg_ParseTuple(value, "kk", &context->actions, &context->protocol);
-        (void)PyDict_DelItem(context->state->agreed, key);
+    agreements[place].handle = context->handle;
+    agreements[place].actions = context->actions;
+    agreements[place].protocol = context->protocol;
+}
+
+void
+recall(ContextObject *context)
+{
+    size_t place = place_of(context->handle);
+
+    if (agreements[place].handle == context->handle) {
+        context->actions = agreements[place].actions;
+        context->protocol = agreements[place].protocol;
+        agreements[place].handle = NULL;
     }
-    PyErr_Clear();
-    Py_XDECREF(key);
 }
 
 /* What is asked for where the application leaves it to us: every action in `actions`, no step
@@ -1555,10 +1563,8 @@ milter_exec(PyObject *module)
         return -1;
     }
     state->policy = SMFIS_TEMPFAIL;
-    state->agreed = PyDict_New();
     type = PyType_FromModuleAndSpec(module, &context_spec, NULL);
-    if (state->agreed == NULL || type == NULL || add_exceptions(module, state) < 0 ||
-        add_constants(module) < 0) {
+    if (type == NULL || add_exceptions(module, state) < 0 || add_constants(module) < 0) {
         return -1;
     }
     state->context_type = (PyTypeObject *)type;
@@ -1580,7 +1586,6 @@ milter_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->error);
     Py_VISIT(state->invalid_argument);
     Py_VISIT(state->context_type);
-    Py_VISIT(state->agreed);
     Py_VISIT(state->raised);
     for (int i = 0; i < STAGES; i++) {
         Py_VISIT(state->callbacks[i]);
@@ -1596,7 +1601,6 @@ milter_clear(PyObject *module)
     Py_CLEAR(state->error);
     Py_CLEAR(state->invalid_argument);
     Py_CLEAR(state->context_type);
-    Py_CLEAR(state->agreed);
     Py_CLEAR(state->raised);
     for (int i = 0; i < STAGES; i++) {
         Py_CLEAR(state->callbacks[i]);

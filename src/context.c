@@ -15,7 +15,7 @@ new_context(module_state *state, SMFICTX *handle)
     self->handle = handle;
     self->stage = OUTSIDE;
     self->offered_actions = self->actions = SMFI_CURR_ACTS;
-    recall(self, handle);
+    recall(self);
     return self;
 }
 
@@ -26,7 +26,7 @@ forget_connection(ContextObject *context)
     SMFICTX *handle = context->handle;
 
     end_message(context);
-    remember(context, handle);
+    remember(context);
     lock_context(context); /* another thread may be in libmilter with this handle */
     context->handle = NULL;
     context->stage = OUTSIDE;

@@ -84,7 +84,6 @@ typedef struct {
     PyObject *invalid_argument; /* milter.InvalidArgument: an error and a ValueError */
     PyTypeObject *context_type;
     PyObject *callbacks[STAGES]; /* NULL where none is set */
-    PyObject *agreed;            /* {address of a SMFICTX: (actions, protocol)}, see recall() */
     PyObject *raised;            /* what main() raises when the filter has drained */
     char *name;                  /* as registered, for replies and reports */
     unsigned long flags;         /* set_flags() */
@@ -191,8 +190,8 @@ bool prepare_threads(void);
 void stop_with_exception(module_state *state);
 void end_message(ContextObject *context);
 void lock_context(ContextObject *context);
-void remember(ContextObject *context, SMFICTX *handle);
-void recall(ContextObject *context, SMFICTX *handle);
+void remember(const ContextObject *context);
+void recall(ContextObject *context);
 
 /* context.c: the context object */
 ContextObject *new_context(module_state *state, SMFICTX *handle);

@@ -466,8 +466,15 @@ def seconds(text, size):
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_time_is_linear(unit, size):
     short, long = (unit * (n // len(unit)) for n in (10_000, 100_000))
-    # 10 times the input; a quadratic parser would take 100 times as long
-    assert any(seconds(long, size) <= 20 * seconds(short, size) + 0.02 for _ in range(5))
+    # 10 times the input; a quadratic parser would take 100 times as long.  The best of several
+    # runs, as what else the machine does makes any single one longer.
+    best_short = best_long = float("inf")
+    for _ in range(8):
+        best_short = min(best_short, seconds(short, size))
+        best_long = min(best_long, seconds(long, size))
+        if best_long <= 20 * best_short + 0.02:
+            return
+    pytest.fail(f"{best_long:.3f} s for ten times what takes {best_short:.3f} s")
 
 
 def test_doctests():
