@@ -169,6 +169,8 @@ def test_the_policy_can_be_changed_while_running(run_filter: Callable[..., Any])
         ("%" * 60, "%" * 40),
         ("%s%n", "%s%n"),
         ("fünf", "fünf"),
+        ("é" * 60, "é" * 40),
+        ("a" + "€" * 60, "a" + "€" * 39),
     ],
 )
 def test_the_name_in_the_reply(run_filter: Callable[..., Any], name: str, shown: str) -> None:
