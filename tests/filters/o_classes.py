@@ -181,6 +181,7 @@ class FailingNegotiation(Accepting):
     def protocol_mask(klass) -> int:
         raise LookupError("raised in negotiation")
 
+    @Milter.noreply
     def header(self, field: str, value: str) -> int:
         say("header", field)
         return Milter.CONTINUE
