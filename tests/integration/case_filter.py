@@ -18,9 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import Milter
 from integration.case import Filter
 from integration.cases import by_name
+
+import Milter
 
 STAGES = (
     "connect",

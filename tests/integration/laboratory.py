@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import smtplib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -5,10 +5,10 @@ It has the manners of Postfix, as the mock has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from integration.case import SKIPPED, Held, Mail, Step, Submission, Transaction
-from integration.sink import Envelope, as_mail
+from integration.case import SKIPPED, Held, Step, Submission, Transaction
+from integration.sink import Envelope, canonical, split_address
 
 from Milter.mta import (
     MTA,
@@ -19,10 +19,12 @@ from Milter.mta import (
     Reply,
     Result,
     Stage,
-    Step as MilterStep,
     Verdict,
     _apply,
     _HeaderEditor,
+)
+from Milter.mta import (
+    Step as MilterStep,
 )
 
 OWN = Header(b"Received", b"from client.example by mx.test.invalid")
@@ -32,7 +34,6 @@ CONNECT_MACROS = {
     "j": "mx.test.invalid",
     "{daemon_name}": "mx.test.invalid",
     "{daemon_addr}": "127.0.0.1",
-    "{daemon_port}": "25",
     "v": "Mock 1.0",
     "_": "localhost [127.0.0.1]",
 }
@@ -63,7 +64,7 @@ class Mock:
             whom = [address.strip() for address in (message.get("To") or "").split(",")]
             session.mail("<root@mx.test.invalid>")
             for one in whom:
-                session.rcpt(f"<{one[one.find('<') + 1:].rstrip('>')}>")
+                session.rcpt(f"<{one[one.find('<') + 1 :].rstrip('>')}>")
             mta.data()
             session.content(submission.content)
         return 0
@@ -169,9 +170,9 @@ class _Session:
         if verb == "NOOP":
             return "250 2.0.0 Ok"
         if verb == "MAIL":
-            return self.mail(*text.partition(":")[2].split())
+            return self.mail(*split_address(text.partition(":")[2]))
         if verb == "RCPT":
-            return self.rcpt(*text.partition(":")[2].split())
+            return self.rcpt(*split_address(text.partition(":")[2]))
         if verb == "DATA":
             return self._data()
         return self._unknown(text)
@@ -194,7 +195,10 @@ class _Session:
     def _hello(self, name: str) -> str:
         self._abort()
         if not self._silent and not self._blocked:
-            macros = TLS_MACROS if self._secure else None
+            macros = dict(TLS_MACROS) if self._secure else {}
+            if Stage.HELO in self.mta.negotiated.macros:
+                # Known, but not sent unless it is asked for.
+                macros["{client_addr}"] = self._client
             self._blocked = self._session_verdict(self.mta.helo(name, macros=macros))
             if self._blocked.startswith("421"):
                 self._quit()
@@ -205,7 +209,7 @@ class _Session:
         if not self._silent:
             reply = self.mta.unknown(text)
             if reply.smtp is not None:
-                return str(reply.smtp)
+                return _joined(str(reply.smtp))
         return "502 5.5.2 Error: command not recognized"
 
     def _ask(self, reply: Reply) -> str:
@@ -238,7 +242,6 @@ class _Session:
                 "{rcpt_addr}": recipient.strip("<>"),
                 "{rcpt_host}": "[127.0.0.1]:25",
                 "{rcpt_mailer}": "smtp",
-                "i": "MOCK1",
             }
             refusal = self._ask(
                 self.mta.rcpt(
@@ -263,7 +266,7 @@ class _Session:
 
     def content(self, content: bytes) -> str:
         message = Message.parse(content)
-        message.body = message.body if message.body.endswith(b"\r\n") else message.body + b"\r\n"
+        message.body = _lines(message.body)
         if self._silent or self._over is not None:
             decided = self._over or Reply(Stage.CONNECT, Verdict.ACCEPT)
         else:
@@ -286,7 +289,10 @@ class _Session:
             reply = mta.header(header.name, header.wire_value(leading))
             if not reply.verdict.goes_on:
                 return reply
-        for step in (mta.eoh, lambda: mta.body(message.body)):
+        steps: list[Callable[[], Reply]] = [mta.eoh]
+        if message.body:
+            steps.append(lambda: mta.body(message.body))
+        for step in steps:
             reply = step()
             if not reply.verdict.goes_on:
                 return reply
@@ -308,20 +314,30 @@ class _Session:
             envelope = Envelope(
                 _dsn(result.sender), [_dsn(recipient) for recipient in result.recipients]
             )
-            shown = Message(editor.headers, result.message.body)
+            shown = Message(editor.headers, _lines(result.message.body))
             self._mock._kept.append((envelope, shown.as_bytes()))
 
 
 def _dsn(address: Address) -> str:
     """An address with the parameters that go to the next hop."""
     kept = [p for p in address.params if p.partition("=")[0] in ("NOTIFY", "ORCPT", "RET", "ENVID")]
-    kept = [p for p in kept if p != f"ORCPT=rfc822;{address.address}"]
-    return " ".join((f"<{address.address}>", *kept))
+    return canonical(f"<{address.address}>", kept)
+
+
+def _lines(body: bytes) -> bytes:
+    """The body with the line ends that it has on its way to the next hop."""
+    text = body.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    return text if not text or text.endswith(b"\r\n") else text + b"\r\n"
+
+
+def _joined(reply: str) -> str:
+    """A reply as a client reads it: the code, and the text of the lines."""
+    return reply[:3] + " " + "\n".join(line[4:] for line in reply.split("\n"))
 
 
 def _refusal(reply: Reply) -> str:
     if reply.smtp is not None:
-        return str(reply.smtp).replace("\n" + str(reply.smtp.code), "\n")
+        return _joined(str(reply.smtp))
     if reply.verdict is Verdict.REJECT:
         return REJECTED
     return TEMPFAILED if reply.verdict is Verdict.TEMPFAIL else ""

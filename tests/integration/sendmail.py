@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,11 +51,8 @@ MAILER(`smtp')
 LOCAL_CONFIG
 ESASL_CONF_PATH={base}/etc/sasl
 LOCAL_RULE_0
-R$+ < @ $+ >	$#sink $@ [127.0.0.1] $: $1 < @ $2 >
-LOCAL_RULESETS
-SLocal_check_rcpt
-R$*	$: $>CanonAddr $1
 Runknown < @ $+ >	$#error $@ 5.1.1 $: "550 5.1.1 User unknown"
+R$+ < @ $+ >	$#sink $@ [127.0.0.1] $: $1 < @ $2 >
 MAILER_DEFINITIONS
 Msink, P=[IPC], F=mDFMuXka8, S=EnvFromSMTP/HdrFromSMTP, R=EnvToSMTP, E=\\r\\n, L=0, T=DNS/RFC822/SMTP, A=TCP $h {sink}
 """
@@ -74,8 +71,8 @@ define(`confPID_FILE', `{base}/msp.pid')
 define(`STATUS_FILE', `')
 define(`confSERVICE_SWITCH_FILE', `{base}/service.switch')
 define(`confDONT_BLAME_SENDMAIL', `TrustStickyBit,GroupWritableDirPathSafe')
-define(`confRUN_AS_USER', `root')
-define(`confTRUSTED_USER', `root')
+define(`confRUN_AS_USER', `nobody')
+define(`confTRUSTED_USER', `nobody')
 define(`confTO_IDENT', `0')
 define(`confDIRECT_SUBMISSION_MODIFIERS', `')
 define(`RELAY_MAILER_ARGS', `TCP $h {port}')
@@ -101,6 +98,12 @@ def missing() -> str:
     return ""
 
 
+def _filter(socket: str) -> str:
+    """A socket in libmilter's form as sendmail writes it."""
+    # Literal IPv6 addresses fail with "Invalid argument" in 8.17; names do not.
+    return socket.replace("@[::1]", "@localhost6")
+
+
 class Sendmail:
     """Listeners are named as in ``Case.port``, and after the default action that they have."""
 
@@ -121,6 +124,8 @@ class Sendmail:
         for name in ("queue", "mspqueue"):
             (base / name).mkdir(exist_ok=True)
             (base / name).chmod(0o700)
+        os.chown(base / "mspqueue", pwd.getpwnam("nobody").pw_uid, -1)
+        (base / "hosts").write_text("127.0.0.1 localhost\n::1 localhost6\n")
         (base / "service.switch").write_text("hosts files\naliases files\n")
         timeouts = "T=C:10s;S:60s;R:60s;E:2m"
         filters = {kind: (socket, "F=T, ") for kind, socket in sockets.items()}
@@ -131,7 +136,7 @@ class Sendmail:
         if has_ipv6():
             daemons.append(self._daemon("ipv6", "unix", "inet6", "::1"))
         lines = [
-            f"MAIL_FILTER(`f{name}', `S={socket}, {flags}{timeouts}')"
+            f"MAIL_FILTER(`f{name}', `S={_filter(socket)}, {flags}{timeouts}')"
             for name, (socket, flags) in filters.items()
         ]
         self._make(
@@ -165,10 +170,11 @@ class Sendmail:
             )  # fmt: skip
 
     def _command(self, config: str, *arguments: str) -> list[str]:
-        # A host name without a dot would make sendmail sleep: it gets one of its own.
-        prepare = 'hostname mx.test.invalid; exec "$@"'
+        # A host name without a dot would make sendmail sleep: it gets one of its own, and a name
+        # for ::1.
+        prepare = 'hostname mx.test.invalid && mount --bind "$0" /etc/hosts && exec "$@"'
         return [
-            "unshare", "--uts", "sh", "-c", prepare, "sh",
+            "unshare", "--uts", "--mount", "sh", "-c", prepare, str(self.base / "hosts"),
             str(self._binary), "-C", str(self.base / f"{config}.cf"),
             "-D", str(self.base / "debug.log"), "-d64.5", *arguments,
         ]  # fmt: skip

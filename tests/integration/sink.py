@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import socketserver
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from integration.case import Mail
 
 _NOISE = re.compile(r" (SIZE=\d+|BODY=\w+|SMTPUTF8)", re.IGNORECASE)
+_ADDRESS = re.compile(r'<(?:"[^"]*"|[^">])*>')
 
 
 @dataclass
@@ -41,6 +43,8 @@ class _Handler(socketserver.StreamRequestHandler):
                 else:
                     envelope.recipients.append(_parameters(text))
                     self._say("250 2.1.5 Ok")
+            elif verb == "DATA" and not envelope.recipients:
+                self._say("554 5.5.1 No recipients")
             elif verb == "DATA":
                 self._say("354 Go on")
                 self.server.keep(envelope, self._content())
@@ -64,8 +68,35 @@ class _Handler(socketserver.StreamRequestHandler):
 def _parameters(command: str) -> str:
     """What follows the colon of MAIL or RCPT, without what says nothing here."""
     text = _NOISE.sub("", command.partition(":")[2].strip())
-    address = text[1 : text.find(">")]
-    return text.replace(f" ORCPT=rfc822;{address}", "")
+    found = _ADDRESS.match(text)
+    if found is None:
+        return text
+    address = found.group()
+    return canonical(address, text[len(address) :].split())
+
+
+def split_address(text: str) -> list[str]:
+    """The address with its angle brackets, and the parameters after it."""
+    found = _ADDRESS.match(text)
+    address = found.group() if found else text.split()[0]
+    return [address, *text[len(address) :].split()]
+
+
+def canonical(address: str, params: Iterable[str]) -> str:
+    """An address and its parameters in order; ORCPT is left out where it says the same address."""
+    same = f"rfc822;{address[1:-1]}"
+    kept = [p for p in params if not (p.startswith("ORCPT=") and _xtext(p[6:]) == same)]
+    return " ".join([address, *sorted(kept)])
+
+
+def _xtext(text: str) -> str:
+    """The text that RFC 3461's xtext stands for."""
+    data = re.sub(
+        rb"\+([0-9A-F]{2})",
+        lambda found: bytes([int(found.group(1), 16)]),
+        text.encode("utf-8", "surrogateescape"),
+    )
+    return data.decode("utf-8", "surrogateescape")
 
 
 class Sink(socketserver.ThreadingTCPServer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 from integration import laboratory
@@ -21,4 +20,6 @@ def test_case(case: Case, mta: str, lab: laboratory.Laboratory) -> None:
         pytest.skip(reason)
     bench = lab.bench(mta)
     found = problems(case.on(mta), bench.run(case))
-    assert not found, "\n".join(found + bench.filter(case.port).log[-30:] + [bench.server.log[-3000:]])
+    assert not found, "\n".join(
+        found + bench.filter(case.port).log[-30:] + [bench.server.log[-3000:]]
+    )

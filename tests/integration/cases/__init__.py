@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from integration.case import Case
-from integration.cases import headers, sessions, verdicts
+from integration.cases import bodies, envelope, headers, replies, sessions, steps, verdicts
 
-MODULES = (verdicts, headers, sessions)
+MODULES = (verdicts, replies, envelope, headers, bodies, steps, sessions)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 _BY_NAME = {case.name: case for case in CASES}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import Milter
 from integration.case import HEADERS, Case, Differs, Filter, Like, Mail, mail, message, session
+
+import Milter
 
 TOPIC = "Headers"
 
@@ -13,7 +14,9 @@ LINES = ("X-A: one", "X-A: two", "X-A: three")
 THREE = session(mail(content=message(*LINES)))
 
 # sendmail's own fields come with an order of their own.
-RENUMBER = "chgheader goes on counting a header that was deleted, so that the others keep their index."
+RENUMBER = (
+    "chgheader goes on counting a header that was deleted, so that the others keep their index."
+)
 FIRST_OF_NAME = (
     "addheader of a name that is there already goes before the first header of that name, not to the "
     "end."
@@ -60,9 +63,7 @@ CASES = (
         adds(("X-A", "four")),
         delivered=delivers(*HEADERS, *LINES, "X-A: four"),
         differs=(
-            Differs(
-                "sendmail", FIRST_OF_NAME, delivered=delivers(*HEADERS, "X-A: four", *LINES)
-            ),
+            Differs("sendmail", FIRST_OF_NAME, delivered=delivers(*HEADERS, "X-A: four", *LINES)),
         ),
         topic=TOPIC,
     ),
@@ -125,9 +126,7 @@ CASES = (
             f"chgheader of number {number} of three",
             THREE,
             changes(("X-A", number, "new")),
-            delivered=delivers(
-                *HEADERS, *(*LINES[: number - 1], "X-A: new", *LINES[number:])
-            ),
+            delivered=delivers(*HEADERS, *(*LINES[: number - 1], "X-A: new", *LINES[number:])),
             topic=TOPIC,
         )
         for number in (1, 2, 3)
@@ -190,9 +189,7 @@ CASES = (
         THREE,
         changes(("X-A", 1, ""), ("X-A", 2, "")),
         delivered=delivers(*HEADERS, "X-A: two"),
-        differs=(
-            Differs("sendmail", RENUMBER, delivered=delivers(*HEADERS, "X-A: three")),
-        ),
+        differs=(Differs("sendmail", RENUMBER, delivered=delivers(*HEADERS, "X-A: three")),),
         topic=TOPIC,
     ),
     Case(
