@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 MTAS = ("mock", "postfix", "sendmail")
 
@@ -267,10 +267,10 @@ class Differs:
     mta: str
     why: str
     replies: Mapping[str, Expected] = field(default_factory=dict)
-    seen: Optional[Seen] = None
-    delivered: Optional[Sequence[Mail]] = None
-    held: Optional[Sequence[Held]] = None
-    connections: Optional[int] = None
+    seen: Seen | None = None
+    delivered: Sequence[Mail] | None = None
+    held: Sequence[Held] | None = None
+    connections: int | None = None
 
 
 @dataclass(frozen=True)
@@ -278,9 +278,9 @@ class Case:
     """One case.
 
     :ivar name: unique; what the case shows, in a few words.
-    :ivar seen: what the filter sees: a text of callback names in order (``header*5`` for five in a row),
-        or a list of names and of tuples ``(name, *arguments)``, with a dict of macros last where
-        the filter notes them.  None leaves it open.
+    :ivar seen: what the filter sees: a text of callback names in order (``header*5`` for five in a
+        row), or a list of names and of tuples ``(name, *arguments)``, with a dict of macros last
+        where the filter notes them.  None leaves it open.
     :ivar delivered: the messages that reach the next hop.
     :ivar held: the messages in quarantine.
     :ivar port: which listener of the MTA: it decides how the filter is reached (``unix``, ``inet``,
@@ -292,7 +292,7 @@ class Case:
     name: str
     dialogue: tuple[Step, ...] | Submission = field(default_factory=lambda: session(mail()))
     filter: Filter = Filter()
-    seen: Optional[Seen] = None
+    seen: Seen | None = None
     delivered: Sequence[Mail] = (Mail(),)
     held: Sequence[Held] = ()
     differs: tuple[Differs, ...] = ()
@@ -384,8 +384,8 @@ class Outcome:
     """What came out of a run.
 
     :ivar replies: the label of each step and the reply to it.
-    :ivar seen: for each callback the connection's number, whether its verdict ended the message, the
-        callback's name and its arguments.
+    :ivar seen: for each callback the connection's number, whether its verdict ended the message,
+        the callback's name and its arguments.
     """
 
     replies: list[tuple[str, str]] = field(default_factory=list)
@@ -460,6 +460,9 @@ def _seen_problems(case: Case, outcome: Outcome) -> list[str]:
     return ["\n  ".join(lines)]
 
 
+_CONTENT = ("data", "header", "eoh", "body", "eom")
+
+
 def _order_problems(outcome: Outcome) -> list[str]:
     """What no application may ever see, whatever the case."""
     found = []
@@ -470,13 +473,11 @@ def _order_problems(outcome: Outcome) -> list[str]:
         if "connect" in names[1:]:
             found.append(f"connection {number}: connect comes late: {names}")
         ends = [event[1] for event in outcome.seen if event[0] == number]
-        if "envfrom" in names:
+        # Without MAIL nobody can tell where messages begin.
+        if "envfrom" in names or not {"envrcpt", *_CONTENT}.intersection(names):
             bad = _bad_order(names, ends)
             found.extend(f"connection {number}: {text}: {names}" for text in bad)
     return found
-
-
-_CONTENT = ("data", "header", "eoh", "body", "eom")
 
 
 def _bad_order(names: Sequence[str], ends: Sequence[bool]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from integration import laboratory
+from integration import differences, laboratory
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +14,8 @@ def lab() -> Iterator[laboratory.Laboratory]:
     made = laboratory.Laboratory()
     yield made
     made.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much is compared, at the end of the run."""
+    terminalreporter.write_line(differences.summary())

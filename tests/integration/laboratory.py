@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import smtplib
 import subprocess
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from integration import mock, postfix, sendmail
 from integration.case import Case, Outcome, Submission
 from integration.client import Dialogue
@@ -20,6 +22,14 @@ from integration.sink import Sink, as_mail
 def missing(mta: str) -> str:
     """Why *mta* cannot run here, or an empty text."""
     return {"postfix": postfix.missing, "sendmail": sendmail.missing}.get(mta, lambda: "")()
+
+
+def require(mta: str) -> None:
+    """Skip the test where *mta* cannot run, visibly; in CI that is a failure."""
+    if reason := missing(mta):
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 class Bench:
@@ -73,7 +83,7 @@ class Bench:
         wanted = case.on(self.mta)
         behaviour = self.filter(case.port)
         run = behaviour.select(case.name)
-        self._taken()
+        self.taken()
         outcome = Outcome()
         if isinstance(wanted.dialogue, Submission):
             outcome.replies = [("status", str(self.server.submit(wanted.dialogue)))]
@@ -86,11 +96,12 @@ class Bench:
             outcome.seen = behaviour.finish(run, wanted.connections)
         except TimeoutError as exc:
             raise TimeoutError(f"{exc}\n{outcome.replies}\n{self.server.log[-4000:]}") from None
-        outcome.delivered = [as_mail(*one, case.received) for one in self._taken()]
+        outcome.delivered = [as_mail(*one, case.received) for one in self.taken()]
         outcome.held = self.server.held()
         return outcome
 
-    def _taken(self) -> list[Any]:
+    def taken(self) -> list[Any]:
+        """What the next hop got since the last call: envelopes and contents."""
         return self.server.take() if self.mta == "mock" else self._sink.take()
 
     def close(self) -> None:

@@ -48,10 +48,8 @@ def end(process: subprocess.Popen[bytes], grace: float = 10.0) -> None:
     """End a process and all of its group: SIGTERM, then SIGKILL."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(grace)
-    except subprocess.TimeoutExpired:
-        pass
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(grace)
@@ -166,11 +164,16 @@ class CaseFilter:
         """End it at once, as a crash would."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(WAIT)
+        self._close_input()
         self._thread.join(WAIT)
 
-    def stop(self) -> None:
-        if self.process.stdin is not None:
+    def _close_input(self) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def stop(self) -> None:
+        self._close_input()
         end(self.process)
         self._thread.join(WAIT)
 

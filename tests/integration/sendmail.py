@@ -54,10 +54,11 @@ LOCAL_RULE_0
 Runknown < @ $+ >	$#error $@ 5.1.1 $: "550 5.1.1 User unknown"
 R$+ < @ $+ >	$#sink $@ [127.0.0.1] $: $1 < @ $2 >
 MAILER_DEFINITIONS
-Msink, P=[IPC], F=mDFMuXka8, S=EnvFromSMTP/HdrFromSMTP, R=EnvToSMTP, E=\\r\\n, L=0, T=DNS/RFC822/SMTP, A=TCP $h {sink}
+Msink, P=[IPC], F=mDFMuXka8, S=EnvFromSMTP/HdrFromSMTP, R=EnvToSMTP, E=\\r\\n, L=0,
+	T=DNS/RFC822/SMTP, A=TCP $h {sink}
 """
 
-# A plain text file cannot say it in one line: the daemon is one process, a session of it another.
+# The submission program, which hands its mail to the daemon.
 SUBMIT_MC = """\
 include(`{tree}/usr/share/sendmail/cf/m4/cf.m4')
 define(`confCF_VERSION', `Submit')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from integration.case import Case
+import time
+
+from integration.case import Case, Filter
 from integration.cases import bodies, envelope, headers, replies, sessions, steps, verdicts
 
 MODULES = (verdicts, replies, envelope, headers, bodies, steps, sessions)
@@ -11,6 +13,14 @@ CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CA
 _BY_NAME = {case.name: case for case in CASES}
 if len(_BY_NAME) != len(CASES):
     raise ValueError("two cases have one name")
+
+
+# Not run as a case: the tests that kill the filter use it.
+WAITING = Case(
+    "a filter that waits at end of headers",
+    filter=Filter(on={"eoh": lambda f: time.sleep(600)}),
+)
+_BY_NAME[WAITING.name] = WAITING
 
 
 def by_name(name: str) -> Case:

@@ -115,8 +115,8 @@ CASES = (
         differs=(
             Differs(
                 "postfix",
-                "addrcpt of a recipient who is there already makes the next hop get it twice: its DSN "
-                "parameters differ from those that came with the client's RCPT.",
+                "addrcpt of a recipient who is there already makes the next hop get it twice: "
+                "its DSN parameters differ from those that came with the client's RCPT.",
                 delivered=to(BOB, BOB),
             ),
         ),
@@ -149,7 +149,8 @@ CASES = (
         differs=(
             Differs(
                 "mock",
-                "delrcpt compares the domain without regard to case; Postfix and sendmail compare exactly.",
+                "delrcpt compares the domain without regard to case; Postfix and sendmail "
+                "compare exactly.",
                 delivered=to(TRIO[0], TRIO[2]),
             ),
         ),
@@ -254,8 +255,8 @@ CASES = (
         differs=(
             Differs(
                 "postfix",
-                "The reason for a quarantine is not kept or logged: the log says only that a milter "
-                "triggers HOLD.",
+                "The reason for a quarantine is not kept or logged: the log says only that a "
+                "milter triggers HOLD.",
                 held=(Held(reason="milter triggers HOLD action"),),
             ),
         ),

@@ -18,8 +18,8 @@ RENUMBER = (
     "chgheader goes on counting a header that was deleted, so that the others keep their index."
 )
 FIRST_OF_NAME = (
-    "addheader of a name that is there already goes before the first header of that name, not to the "
-    "end."
+    "addheader of a name that is there already goes before the first header of that name, not to "
+    "the end."
 )
 KEEPS_NAME = "chgheader keeps the name as the message spells it; Postfix takes the filter's."
 
@@ -146,7 +146,8 @@ CASES = (
         differs=(
             Differs(
                 "sendmail",
-                "chgheader past the last header of that name adds one, before the first of that name.",
+                "chgheader past the last header of that name adds one, before the first of that "
+                "name.",
                 delivered=delivers(*HEADERS, "X-A: new", *LINES),
             ),
         ),
@@ -206,7 +207,8 @@ CASES = (
         differs=(
             Differs(
                 "sendmail",
-                "A deleted header still holds its place: one that is added with its name goes there.",
+                "A deleted header still holds its place: one that is added with its name goes "
+                "there.",
                 delivered=delivers(*HEADERS[:2], "Subject: new", *HEADERS[3:]),
             ),
         ),

@@ -24,8 +24,8 @@ def case(name: str, end: str, behaviour: Filter, **others: Any) -> Case:
 
 
 GETS_CODE = (
-    "A reply without an enhanced code, or without a text after it, gets the enhanced code X.0.0 put "
-    "before it."
+    "A reply without an enhanced code, or without a text after it, gets the enhanced code X.0.0 "
+    "put before it."
 )
 
 LINES = tuple(f"Line {number} of thirty-two" for number in range(1, 33))

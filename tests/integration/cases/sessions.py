@@ -67,8 +67,8 @@ CASES = (
         differs=(
             Differs(
                 "sendmail",
-                "The IPv6 address of a filter cannot be written as such (8.17 says Invalid argument): "
-                "give a name that stands for it.",
+                "The IPv6 address of a filter cannot be written as such (8.17 says Invalid "
+                "argument): give a name that stands for it.",
             ),
         ),
         port="inet6",
@@ -220,7 +220,7 @@ CASES = (
         seen="connect hello envfrom envrcpt*2 data header*5 eoh body eom close",
         delivered=(Mail(recipients=("<one@example.org>", BOB)),),
         topic=TOPIC,
-    ),  # fmt: skip
+    ),
     Case(
         "STARTTLS: HELO comes again, with the macros of TLS",
         session(start_tls(), hello(label="helo2"), mail()),
@@ -302,8 +302,8 @@ CASES = (
             ),
             Differs(
                 "sendmail",
-                "A local submission is an SMTP session of the submission program: HELO may come twice, "
-                "MAIL has parameters, and a Received header is there already.",
+                "A local submission is an SMTP session of the submission program: HELO may come "
+                "twice, MAIL has parameters, and a Received header is there already.",
                 seen=[
                     *["connect", "hello", "hello", ("envfrom", "<root@mx.test.invalid>", ANY, ANY)],
                     *[("envrcpt", BOB), "data", *["header"] * 6, "eoh", "body", "eom", "close"],
@@ -327,9 +327,9 @@ CASES = (
             ),
             Differs(
                 "postfix",
-                "With internal_mail_filter_classes = bounce the filter sees the MTA's own bounces too, "
-                "on a connection of their own, with an empty sender and no angle brackets; sendmail never "
-                "shows them.",
+                "With internal_mail_filter_classes = bounce the filter sees the MTA's own "
+                "bounces too, on a connection of their own, with an empty sender and no angle "
+                "brackets; sendmail never shows them.",
                 seen=[
                     *["connect", "hello", *ONE_LIST, "close"],
                     *["connect", "hello", ("envfrom", ""), ("envrcpt", "alice@example.com")],

@@ -49,7 +49,9 @@ def _without(stage: str) -> str:
     return " ".join(word for word in WHOLE.split() if word.partition("*")[0] != stage)
 
 
-QUEUE_ID_EARLY = "The queue id is known from MAIL on; Postfix knows it after the first recipient that is accepted."
+QUEUE_ID_EARLY = (
+    "The queue id is known from MAIL on; to Postfix, after the first accepted recipient."
+)
 QUEUE_ID = Like("^[0-9A-Za-z]+$")
 
 CASES = (
@@ -92,8 +94,8 @@ CASES = (
         differs=(
             Differs(
                 "sendmail",
-                "SKIP is understood at body only. At header the other headers still come, and the body "
-                "does not.",
+                "SKIP is understood at body only. At header the other headers still come, and "
+                "the body does not.",
                 seen="connect hello envfrom envrcpt data header*5 eoh eom close",
             ),
         ),
@@ -134,7 +136,7 @@ CASES = (
         "connect",
         client_addr=None,
         client_port=None,
-    ),  # fmt: skip
+    ),
     macro_case("{if_addr} at connect", "connect", if_addr=None),
     macro_case("{daemon_port} at connect", "connect", daemon_port=None),
     macro_case("{mail_addr} at MAIL", "envfrom", mail_addr="alice@example.com"),

@@ -185,7 +185,7 @@ def _whole_session() -> Iterator[Case]:
 
 
 CASES = (
-    Case("a message passes unchanged", seen=ALL),
+    Case("a message passes unchanged", seen=ALL, topic=TOPIC),
     *_accepting(),
     *_refusing(),
     *_discarding(),
