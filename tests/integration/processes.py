@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAIT = 30.0  # seconds: the bound of every wait, far above what a loaded machine needs
+# Seconds: the bound of every wait, far above what a loaded machine needs.
+WAIT = float(os.environ.get("PYMILTER_TEST_WAIT", "30"))
 
 
 def wait_until(what: str, condition: Callable[[], Any], timeout: float = WAIT) -> Any:
