@@ -16,10 +16,11 @@ from pathlib import Path
 os.environ.setdefault("PYMILTER_TEST_WAIT", "8")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from Milter.mta import MTAError
 from integration.case import MTAS, Case, problems
 from integration.cases import CASES
 from integration.laboratory import Bench, missing
+
+from Milter.mta import MTAError
 
 VERSION = "1.0.5"
 VENV = Path(__file__).resolve().parents[2] / ".venvs" / "blackbox"

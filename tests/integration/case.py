@@ -83,7 +83,8 @@ class Step:
     """One thing that the client does.
 
     :ivar do: ``banner``, ``command``, ``content`` (the message and its final dot), ``starttls``,
-        ``auth``, ``drop`` (close the socket without QUIT), ``reconnect`` or ``pipeline``.
+        ``auth``, ``drop`` (close the socket without QUIT), ``partial``,
+        ``reconnect`` or ``pipeline``.
     :ivar text: the command, or the message.
     :ivar expect: how the reply begins (its lines joined by LF), or a pattern found in it.
     :ivar label: the name by which a :class:`Differs` speaks of the reply.
@@ -129,6 +130,11 @@ def authenticate() -> Step:
 def drop() -> Step:
     """Close the socket as a client does that crashes."""
     return Step("drop", label="drop")
+
+
+def partial(text: bytes) -> Step:
+    """A part of the content, to which no reply is due."""
+    return Step("partial", text, label="partial")
 
 
 def reconnect() -> Step:
@@ -284,7 +290,8 @@ class Case:
     :ivar delivered: the messages that reach the next hop.
     :ivar held: the messages in quarantine.
     :ivar port: which listener of the MTA: it decides how the filter is reached (``unix``, ``inet``,
-        ``inet6``) or that the client comes over IPv6 (``ipv6``).
+        ``inet6``), that the client comes over IPv6 (``ipv6``), or that the MTA waits two seconds
+        for an answer and no longer (``impatient``).
     :ivar connections: how many the MTA makes to the filter; all must be closed in the end.
     :ivar topic: the chapter of the table of differences.
     """
@@ -425,7 +432,9 @@ def _reply_problems(case: Case, outcome: Outcome) -> list[str]:
         wanted = [("status", str(case.dialogue.status))]
         return [] if outcome.replies == wanted else [f"replies: {outcome.replies} not {wanted}"]
     found = []
-    steps = [step for step in _flat(case.dialogue) if step.do not in ("drop", "reconnect")]
+    steps = [
+        step for step in _flat(case.dialogue) if step.do not in ("drop", "partial", "reconnect")
+    ]
     for step, (label, reply) in zip(steps, outcome.replies):
         assert step.label == label
         if isinstance(step.expect, re.Pattern):

@@ -44,6 +44,8 @@ class Dialogue:
             self._note(step, f"{code} {text.decode('utf-8', 'surrogateescape')}")
         elif step.do == "pipeline":
             self._pipeline(step.steps)
+        elif step.do == "partial":
+            self._send(step)
         elif not self._transaction.wants(step):
             self.replies.append((step.label, SKIPPED))
         else:

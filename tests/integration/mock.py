@@ -14,6 +14,7 @@ from Milter.mta import (
     MTA,
     Address,
     Dialect,
+    FilterTimeout,
     Header,
     Message,
     Reply,
@@ -89,6 +90,7 @@ class _Session:
         self._mock = mock
         self._socket = socket
         self._client = "::1" if port == "ipv6" else "127.0.0.1"
+        self._patience = 2.0 if port == "impatient" else 60.0
         self.mta: MTA = None  # type: ignore[assignment]
         self._replies: list[tuple[str, str]] = []
         self._begin()
@@ -120,6 +122,8 @@ class _Session:
         return self._replies
 
     def _do(self, step: Step) -> None:
+        if step.do == "partial":
+            return
         if step.do == "pipeline":
             for one in step.steps:
                 self._note(one, self._answer(one))
@@ -179,7 +183,7 @@ class _Session:
 
     def _banner(self) -> str:
         self._begin()
-        self.mta = MTA.connect(self._socket, dialect=Dialect.POSTFIX, timeout=60)
+        self.mta = MTA.connect(self._socket, dialect=Dialect.POSTFIX, timeout=self._patience)
         reply = self.mta.connect_info("localhost", self._client, 2525, macros=CONNECT_MACROS)
         self._blocked = self._session_verdict(reply)
         if self._blocked.startswith("5"):
@@ -270,7 +274,11 @@ class _Session:
         if self._silent or self._over is not None:
             decided = self._over or Reply(Stage.CONNECT, Verdict.ACCEPT)
         else:
-            decided = self._content(message)
+            try:
+                decided = self._content(message)
+            except FilterTimeout:
+                self.mta.close()
+                return TEMPFAILED
         if decided.verdict.goes_on or decided.verdict is Verdict.ACCEPT:
             self._deliver(message, decided)
         elif decided.stage is not Stage.EOM:

@@ -153,6 +153,8 @@ class Postfix:
             if kind in sockets:
                 option = f" -o smtpd_milters={milter(sockets[kind])}"
                 lines.append(self._listener(kind, "127.0.0.1", option))
+        option = " -o milter_command_timeout=2s -o milter_content_timeout=2s"
+        lines.append(self._listener("impatient", "127.0.0.1", option))
         for action in ("accept", "reject", "quarantine"):
             option = f" -o milter_default_action={action}"
             lines.append(self._listener(action, "127.0.0.1", option))

@@ -129,15 +129,16 @@ class Sendmail:
         (base / "hosts").write_text("127.0.0.1 localhost\n::1 localhost6\n")
         (base / "service.switch").write_text("hosts files\naliases files\n")
         timeouts = "T=C:10s;S:60s;R:60s;E:2m"
-        filters = {kind: (socket, "F=T, ") for kind, socket in sockets.items()}
-        filters["accept"] = (sockets["unix"], "")
-        filters["reject"] = (sockets["unix"], "F=R, ")
-        filters["quarantine"] = (sockets["unix"], "F=4, ")
+        filters = {kind: (socket, f"F=T, {timeouts}") for kind, socket in sockets.items()}
+        filters["impatient"] = (sockets["unix"], "F=T, T=C:10s;S:2s;R:2s;E:1m")
+        filters["accept"] = (sockets["unix"], timeouts)
+        filters["reject"] = (sockets["unix"], f"F=R, {timeouts}")
+        filters["quarantine"] = (sockets["unix"], f"F=4, {timeouts}")
         daemons = [self._daemon(name, name, "inet", "127.0.0.1") for name in filters]
         if has_ipv6():
             daemons.append(self._daemon("ipv6", "unix", "inet6", "::1"))
         lines = [
-            f"MAIL_FILTER(`f{name}', `S={_filter(socket)}, {flags}{timeouts}')"
+            f"MAIL_FILTER(`f{name}', `S={_filter(socket)}, {flags}')"
             for name, (socket, flags) in filters.items()
         ]
         self._make(

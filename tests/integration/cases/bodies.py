@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from integration.case import Case, Filter, Mail, mail, message, session
@@ -23,6 +24,14 @@ def with_body(body: bytes) -> bytes:
 
 def replaces(*chunks: Any) -> Filter:
     return Filter(on={"eom": lambda f: tuple(f.replacebody(chunk) for chunk in chunks)})
+
+
+def slowly(f: Any) -> None:
+    """Take three seconds, with a word to the MTA in each half."""
+    for _ in range(6):
+        time.sleep(0.5)
+        f.progress()
+    f.addheader("X-Slow", "yes")
 
 
 def big_body(size: int) -> Any:
@@ -155,16 +164,18 @@ CASES = (
         topic=TOPIC,
     ),
     Case(
-        "progress keeps a slow end of message alive",
-        filter=Filter(
-            on={
-                "eom": lambda f: (
-                    *(f.progress() for _ in range(20)),
-                    f.addheader("X-Slow", "yes"),
-                )
-            }
-        ),
+        "progress keeps an end of message alive that takes longer than the MTA waits",
+        filter=Filter(on={"eom": slowly}),
         delivered=(Mail(headers=(*Mail().headers, "X-Slow: yes")),),
+        port="impatient",
+        topic=TOPIC,
+    ),
+    Case(
+        "without progress a slow end of message is tempfailed",
+        session(mail(end="451 4.")),
+        Filter(on={"eom": lambda f: time.sleep(3)}),
+        delivered=(),
+        port="impatient",
         topic=TOPIC,
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from integration.case import (
     ANY,
+    MESSAGE,
     Case,
     Differs,
     Filter,
@@ -17,6 +18,7 @@ from integration.case import (
     drop,
     hello,
     mail,
+    partial,
     pipelined,
     reconnect,
     session,
@@ -190,6 +192,13 @@ CASES = (
             ("rcpt", "envfrom envrcpt"),
             ("data", "envfrom envrcpt data"),
         )
+    ),
+    Case(
+        "the client vanishes in the middle of the message",
+        session(mail(until="data"), partial(MESSAGE[:-5]), drop()),
+        seen="connect hello envfrom envrcpt data abort close",
+        delivered=(),
+        topic=TOPIC,
     ),
     Case(
         "the client vanishes after the message",
