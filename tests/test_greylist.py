@@ -547,7 +547,7 @@ def test_hanging_server_is_an_exception_in_time(remote, monkeypatch):
             grey.check(*TRIPLE)
         with pytest.raises(greysql.StoreUnavailable):
             remote.open()
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < 45
     assert grey.check(*TRIPLE, timeinc=HOUR) == 1
 
 
@@ -561,7 +561,7 @@ def test_all_connections_busy_is_an_exception_in_time(remote, monkeypatch):
         jobs = [pool.submit(grey.check, *TRIPLE) for _ in range(6)]
         for job in jobs:
             assert isinstance(job.exception(timeout=60), greysql.StoreUnavailable)
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 60
     assert grey.check(*TRIPLE) == 0
 
 
