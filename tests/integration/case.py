@@ -286,7 +286,7 @@ class Case:
     :ivar name: unique; what the case shows, in a few words.
     :ivar seen: what the filter sees: a text of callback names in order (``header*5`` for five in a
         row), or a list of names and of tuples ``(name, *arguments)``, with a dict of macros last
-        where the filter notes them.  None leaves it open.
+        where the filter notes them.  One connection comes after the other.  None leaves it open.
     :ivar delivered: the messages that reach the next hop.
     :ivar held: the messages in quarantine.
     :ivar port: which listener of the MTA: it decides how the filter is reached (``unix``, ``inet``,
@@ -454,7 +454,8 @@ def _seen_problems(case: Case, outcome: Outcome) -> list[str]:
     if case.seen is None:
         return []
     wanted = expand(case.seen)
-    seen = [event[2:] for event in outcome.seen]
+    # One connection after the other: nobody promises the order of two that are open together.
+    seen = [event[2:] for event in sorted(outcome.seen, key=lambda event: int(event[0]))]
     shaped = [
         event[0] if index < len(wanted) and isinstance(wanted[index], str) else event
         for index, event in enumerate(seen)

@@ -18,10 +18,25 @@ from integration.client import Dialogue
 from integration.processes import WAIT, CaseFilter, free_port, has_ipv6, wait_until
 from integration.sink import Sink, as_mail
 
+ATTEMPTS = 3  # at starting an MTA
+
 
 def missing(mta: str) -> str:
     """Why *mta* cannot run here, or an empty text."""
     return {"postfix": postfix.missing, "sendmail": sendmail.missing}.get(mta, lambda: "")()
+
+
+def _listens(server: Any, address: tuple[str, int]) -> bool:
+    if server.process.poll() is not None:
+        raise RuntimeError(f"{server.name} has ended:\n{server.log[-4000:]}")
+    # The whole of a session, so that nothing of it reaches the filter of a case.
+    try:
+        with smtplib.SMTP(*address, timeout=WAIT):
+            return True
+    except smtplib.SMTPConnectError:
+        return True  # it answers; the filter is not there yet
+    except OSError:
+        return False
 
 
 def require(mta: str) -> None:
@@ -49,26 +64,32 @@ class Bench:
         self._python = python
         self._filters: dict[str, CaseFilter] = {}
         self._sink = Sink()
-        if mta == "mock":
-            self.server: Any = mock.Mock(self._sockets)
-        else:
-            _make_credentials(self.base)
-            kind = postfix.Postfix if mta == "postfix" else sendmail.Sendmail
-            self.server = kind(self.base, self._sockets, self._sink.port)
-            for address in self.server.addresses.values():
-                wait_until(f"{mta} listens", lambda at=address: self._listens(at))
-
-    def _listens(self, address: tuple[str, int]) -> bool:
-        if self.server.process.poll() is not None:
-            raise RuntimeError(f"{self.mta} has ended:\n{self.server.log[-4000:]}")
-        # The whole of a session, so that nothing of it reaches the filter of a case.
         try:
-            with smtplib.SMTP(*address, timeout=WAIT):
-                return True
-        except smtplib.SMTPConnectError:
-            return True  # it answers; the filter is not there yet
-        except OSError:
-            return False
+            self.server: Any = self._start()
+        except BaseException:
+            self._sink.close()
+            shutil.rmtree(self.base, ignore_errors=True)
+            raise
+
+    def _start(self) -> Any:
+        if self.mta == "mock":
+            return mock.Mock(self._sockets)
+        _make_credentials(self.base)
+        kind = postfix.Postfix if self.mta == "postfix" else sendmail.Sendmail
+        for attempt in range(ATTEMPTS):
+            server = kind(self.base, self._sockets, self._sink.port)
+            try:
+                for address in server.addresses.values():
+                    wait_until(
+                        f"{self.mta} listens", lambda at=address, on=server: _listens(on, at)
+                    )
+            except BaseException as exc:
+                server.stop()
+                # Somebody else may have taken one of the ports that were free.
+                if attempt == ATTEMPTS - 1 or not isinstance(exc, RuntimeError):
+                    raise
+            else:
+                return server
 
     def filter(self, port: str = "unix") -> CaseFilter:
         """The filter behind a listener, started when it is first needed."""

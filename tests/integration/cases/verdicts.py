@@ -147,7 +147,7 @@ def _discarding() -> Iterator[Case]:
 def _discarded_again(stage: str) -> tuple[Differs, ...]:
     if stage not in ("envfrom", "envrcpt"):
         return ()
-    seen = f"{UP_TO[stage]} {UP_TO[stage]} close close"
+    seen = f"{UP_TO[stage]} close {UP_TO[stage]} close"
     return (Differs("postfix", DISCARD_SEEN_TWICE, seen=seen, connections=2),)
 
 
