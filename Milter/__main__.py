@@ -1,6 +1,8 @@
 """The command line: ``python -m Milter``.
 
-``send`` brings a message before a filter as an MTA would, and shows what came out.
+``run`` serves with a filter class, ``config`` prints what an MTA's configuration needs for it,
+``check`` says whether a filter answers, ``send`` brings a message before it as an MTA would and
+shows what came out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from Milter import _cli_check, _cli_config, _cli_run
 from Milter import mta as _mta
+from Milter._cli_common import complain, printable, seconds
 from Milter.mta import MTA, Address, Client, Dialect, Header, MTAError, Offer, Result, Verdict
 
 EXIT_ACCEPTED = 0
@@ -44,18 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m Milter", description="Tools for mail filters (milters)."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _cli_run.add_parser(commands)
+    _cli_config.add_parser(commands)
+    _cli_check.add_parser(commands)
     _add_send(commands)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (args.command == "config" and _cli_config.take_class(args, rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run: Callable[[argparse.Namespace], int] = args.run
     return run(args)
 
 
 class _UsageError(Exception):
     """Something in the arguments or the input that the user can mend."""
-
-
-def _complain(command: str, error: object) -> None:
-    print(f"python -m Milter {command}: error: {_printable(str(error))}", file=sys.stderr)
 
 
 # --- send: the arguments ---------------------------------------------------------------------
@@ -169,14 +174,14 @@ def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         default=10.0,
         help="for each answer of the filter (%(default)g)",
     )
     group.add_argument(
         "--wait",
         metavar="SECONDS",
-        type=_seconds,
+        type=seconds,
         default=0.0,
         help="keep trying while the filter does not listen yet (%(default)g)",
     )
@@ -190,17 +195,6 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", action="store_true", help="show the packets on standard error")
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 86400:
-        raise ValueError(text)
-    return value
-
-
-# argparse names the type in its complaint.
-_seconds.__name__ = "number of seconds"
-
-
 # --- send: the work -----------------------------------------------------------------------------
 
 
@@ -209,10 +203,10 @@ def _send(args: argparse.Namespace) -> int:
         message = _mta.Message.parse(_read(args.message))
         return _exchange(args, message)
     except (_UsageError, ValueError) as exc:
-        _complain("send", exc)
+        complain("send", exc)
         return EXIT_USAGE
     except MTAError as exc:
-        _complain("send", exc)
+        complain("send", exc)
         return EXIT_ERROR
     except BrokenPipeError:
         # Whoever read our output has had enough; keep Python from complaining at exit.
@@ -268,7 +262,7 @@ def _exchange(args: argparse.Namespace, message: _mta.Message) -> int:
     _write_output(args.output, result)
     _show(args, mta, message, result)
     if late is not None:
-        _complain("send", late)
+        complain("send", late)
         return EXIT_ERROR
     return _EXIT_STATUS.get(result.verdict, EXIT_ACCEPTED)
 
@@ -337,18 +331,6 @@ def _show(args: argparse.Namespace, mta: MTA, message: _mta.Message, result: Res
     sys.stdout.flush()
 
 
-def _printable(text: str) -> str:
-    """*text* with whatever could play tricks on a terminal written as an escape."""
-    return "".join(
-        char
-        if char == "\t" or char.isprintable()
-        else f"\\x{ord(char) & 0xFF:02x}"
-        if 0xDC80 <= ord(char) <= 0xDCFF or ord(char) < 0x100
-        else f"\\u{ord(char):04x}"
-        for char in text
-    )
-
-
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
@@ -374,42 +356,42 @@ def _report(
 
 def _report_verdict(args: argparse.Namespace, mta: MTA, result: Result) -> Iterator[str]:
     agreed = mta.negotiated
-    yield f"Filter      {_printable(args.socket)}, protocol version {agreed.version}"
+    yield f"Filter      {printable(args.socket)}, protocol version {agreed.version}"
     yield f"  actions   {' '.join(_mta.flag_names(agreed.actions)) or 'none'}"
     yield f"  steps     {' '.join(_mta.flag_names(agreed.steps)) or 'all'}"
     for stage, names in agreed.macros.items():
-        yield f"  macros    {stage}: {_printable(' '.join(names)) or 'none'}"
+        yield f"  macros    {stage}: {printable(' '.join(names)) or 'none'}"
     said = result.verdict.value
     if result.verdict is Verdict.CONTINUE:
         said += " (accepted)"
     yield f"Verdict     {said}, at {result.stage}"
     if result.smtp is not None:
         for number, line in enumerate(str(result.smtp).split("\n")):
-            yield f"{'' if number else 'Reply':12}{_printable(line)}"
+            yield f"{'' if number else 'Reply':12}{printable(line)}"
     if result.quarantine is not None:
-        yield f"Quarantine  {_printable(result.quarantine)}"
+        yield f"Quarantine  {printable(result.quarantine)}"
 
 
 def _report_envelope(before: Address, args: argparse.Namespace, result: Result) -> Iterator[str]:
     if result.sender != before:
-        yield f"  - from  {_printable(str(before))}"
-        yield f"  + from  {_printable(str(result.sender))}"
+        yield f"  - from  {printable(str(before))}"
+        yield f"  + from  {printable(str(result.sender))}"
     else:
-        yield f"    from  {_printable(str(before))}"
+        yield f"    from  {printable(str(before))}"
     asked = [_address(text) for text in args.recipients or ["recipient@example.com"]]
     refused = [one.recipient for one in result.refused]
     for recipient in asked:
         if recipient not in refused:
             mark = " " if recipient in result.recipients else "-"
-            yield f"  {mark} to    {_printable(str(recipient))}"
+            yield f"  {mark} to    {printable(str(recipient))}"
     for recipient in result.recipients:
         if recipient not in asked:
-            yield f"  + to    {_printable(str(recipient))}"
+            yield f"  + to    {printable(str(recipient))}"
     for one in result.refused:
         said = one.recipient.rejected or str(one.reply.smtp or one.reply.verdict.value)
         who = "the MTA" if one.recipient.rejected else "the filter"
         address = dataclasses.replace(one.recipient, rejected=None)
-        yield f"  ! to    {_printable(str(address))}: refused by {who}, {_printable(said)}"
+        yield f"  ! to    {printable(str(address))}: refused by {who}, {printable(said)}"
 
 
 def _report_modifications(result: Result) -> Iterator[str]:
@@ -441,21 +423,21 @@ def _describe(one: _mta.Modification) -> str:
         return f"insert header at {one.index} {_field(one)}"
     if isinstance(one, _mta.ChangeHeader):
         if not one.value:
-            return f"delete header {_printable(_text(one.name))}, number {one.index}"
+            return f"delete header {printable(_text(one.name))}, number {one.index}"
         return f"change header number {one.index} {_field(one)}"
     if isinstance(one, _mta.ReplaceBody):
         return f"replace body, {len(one.chunk)} bytes"
     if isinstance(one, _mta.Quarantine):
-        return f"quarantine: {_printable(one.reason)}"
+        return f"quarantine: {printable(one.reason)}"
     if isinstance(one, _mta.DeleteRecipient):
-        return f"delete recipient {_printable(one.address)}"
+        return f"delete recipient {printable(one.address)}"
     what = "add recipient" if isinstance(one, _mta.AddRecipient) else "change sender to"
-    return f"{what} {_printable(' '.join(filter(None, (one.address, one.params))))}"
+    return f"{what} {printable(' '.join(filter(None, (one.address, one.params))))}"
 
 
 def _field(one: _mta.AddHeader | _mta.InsertHeader | _mta.ChangeHeader) -> str:
-    value = _printable(_text(one.value).replace("\r\n", "\n").replace("\n", " "))
-    return f"{_printable(_text(one.name))}: {value.lstrip(' ')}"
+    value = printable(_text(one.value).replace("\r\n", "\n").replace("\n", " "))
+    return f"{printable(_text(one.name))}: {value.lstrip(' ')}"
 
 
 def _report_message(message: _mta.Message, result: Result) -> Iterator[str]:
@@ -477,7 +459,7 @@ def _report_message(message: _mta.Message, result: Result) -> Iterator[str]:
 
 def _header_lines(mark: str, header: Header) -> Iterator[str]:
     for line in _text(bytes(header)).split("\n"):
-        yield f"  {mark} {_printable(line)}"
+        yield f"  {mark} {printable(line)}"
 
 
 def _body_lines(mark: str, body: bytes) -> Iterator[str]:
@@ -485,22 +467,16 @@ def _body_lines(mark: str, body: bytes) -> Iterator[str]:
     if lines[-1] == "":
         lines.pop()
     for line in lines:
-        yield f"  {mark} {_printable(line)}".rstrip(" ")
+        yield f"  {mark} {printable(line)}".rstrip(" ")
 
 
 # --- send: the report for programs ---------------------------------------------------------------
 
 
 def _as_json(args: argparse.Namespace, mta: MTA, result: Result) -> dict[str, Any]:
-    agreed = mta.negotiated
     return {
         "socket": args.socket,
-        "negotiated": {
-            "version": agreed.version,
-            "actions": _mta.flag_names(agreed.actions),
-            "steps": _mta.flag_names(agreed.steps),
-            "macros": {stage.name: list(names) for stage, names in agreed.macros.items()},
-        },
+        "negotiated": _cli_check.negotiated_as_json(mta.negotiated),
         "verdict": result.verdict.value,
         "stage": result.stage.name,
         "accepted": result.accepted,
