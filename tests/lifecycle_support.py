@@ -109,6 +109,16 @@ class Sending:
         return outcome
 
 
+def at_once(took: float) -> bool:
+    """Whether an idle filter stopped as fast as it has to: in half a second.
+
+    Where more than the processors can do is going on, it only has to be clearly faster than
+    libmilter itself, which takes up to five seconds.
+    """
+    busy = os.getloadavg()[0] > 1.25 * (os.cpu_count() or 1)
+    return took < (2.5 if busy else 0.5)
+
+
 class Held:
     """A callback of a filter that waits in a FIFO until the test lets it go on."""
 

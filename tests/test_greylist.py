@@ -773,7 +773,9 @@ def test_file_that_cannot_be(module, tmp_path):
 
 
 def test_shelf_is_one_that_python_opens(tmp_path):
-    pytest.importorskip("dbm.sqlite3", reason="the kind is new in Python 3.13")
+    pytest.importorskip(
+        "dbm.sqlite3", exc_type=ImportError, reason="the kind is new in Python 3.13"
+    )
     with greylist.Greylist(tmp_path / "db") as grey:
         grey.check(*TRIPLE)
     with shelve.open(str(tmp_path / "db"), "r") as shelf:
@@ -807,11 +809,15 @@ def berkeley_db(path):
 
 
 def ndbm(path):
-    return pytest.importorskip("dbm.ndbm", reason="this Python has none").open(path, "n")
+    return pytest.importorskip(
+        "dbm.ndbm", exc_type=ImportError, reason="this Python has none"
+    ).open(path, "n")
 
 
 def gdbm(path):
-    return pytest.importorskip("dbm.gnu", reason="this Python has none").open(path, "n")
+    return pytest.importorskip("dbm.gnu", exc_type=ImportError, reason="this Python has none").open(
+        path, "n"
+    )
 
 
 def dumb(path):

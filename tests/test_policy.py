@@ -175,15 +175,21 @@ def dumb(path):
 
 
 def ndbm(path):
-    return pytest.importorskip("dbm.ndbm", reason="this Python has none").open(path, "n")
+    return pytest.importorskip(
+        "dbm.ndbm", exc_type=ImportError, reason="this Python has none"
+    ).open(path, "n")
 
 
 def gdbm(path):
-    return pytest.importorskip("dbm.gnu", reason="this Python has none").open(path, "n")
+    return pytest.importorskip("dbm.gnu", exc_type=ImportError, reason="this Python has none").open(
+        path, "n"
+    )
 
 
 def sqlite(path):
-    return pytest.importorskip("dbm.sqlite3", reason="new in Python 3.13").open(path, "n")
+    return pytest.importorskip(
+        "dbm.sqlite3", exc_type=ImportError, reason="new in Python 3.13"
+    ).open(path, "n")
 
 
 def berkeley_db(path, kind="DB_HASH"):
@@ -284,7 +290,7 @@ def test_without_berkeleydb_ndbm_may_do(tmp_path, monkeypatch, library):
 
 
 def test_ndbm_reads_what_berkeleydb_wrote(tmp_path, monkeypatch):
-    pytest.importorskip("dbm.ndbm", reason="this Python has none")
+    pytest.importorskip("dbm.ndbm", exc_type=ImportError, reason="this Python has none")
     made = berkeley_db(str(tmp_path / "access"))
     made[b"spf"] = b"OK"
     made.close()
