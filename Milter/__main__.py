@@ -56,7 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not (args.command == "config" and _cli_config.take_class(args, rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     run: Callable[[argparse.Namespace], int] = args.run
-    return run(args)
+    try:
+        status = run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has had enough; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    return status
 
 
 class _UsageError(Exception):
@@ -207,10 +214,6 @@ def _send(args: argparse.Namespace) -> int:
         return EXIT_USAGE
     except MTAError as exc:
         complain("send", exc)
-        return EXIT_ERROR
-    except BrokenPipeError:
-        # Whoever read our output has had enough; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except KeyboardInterrupt:
         return 128 + 2

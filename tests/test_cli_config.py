@@ -249,6 +249,17 @@ def test_check_a_filter(run_filter: Callable[..., Any]) -> None:
     assert said["negotiated"]["macros"] == {"MAIL": ["i", "{auth_authen}"]}
 
 
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    words = [*python_command(), "-m", "Milter", "config", "postfix", "--name", "a"]
+    with subprocess.Popen(
+        [*words, "--socket", "/a/b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(WAIT) == 1
+
+
 def test_check_nobody(unix_socket: Callable[[], str]) -> None:
     where = unix_socket()
     done = milter("check", where)
