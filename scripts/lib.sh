@@ -68,41 +68,11 @@ has_libmilter() {
         echo '#include <libmilter/mfapi.h>' | cc -E -x c -o /dev/null - 2>/dev/null
 }
 
-# ensure_mtas: Postfix, and sendmail unpacked into .venvs/sendmail: installed, each would remove
-# the other.
-ensure_mtas() {
-    local binary=$root/.venvs/sendmail/usr/libexec/sendmail/sendmail
-    [ -x /usr/lib/postfix/sbin/master ] || missing+=(postfix)
-    ensure_command openssl openssl
-    ensure_command m4 m4
-    command -v ldd >/dev/null && [ -x "$binary" ] && ! ldd "$binary" | grep -q 'not found' ||
-        missing+=(libdb5.3 libldap-2.5-0 liblockfile1 libnsl2 libsasl2-2 libsasl2-modules libssl3 libwrap0)
-    install_missing
-    [ -x "$binary" ] && return
-    say "Unpacking sendmail into .venvs/sendmail"
-    local work
-    work=$(mktemp -d)
-    chmod 755 "$work"
-    (
-        cd "$work"
-        apt-get -qq download sendmail-bin sendmail-cf sasl2-bin 2>apt.log || { cat apt.log >&2; exit 1; }
-        for package in *.deb; do dpkg-deb -x "$package" tree; done
-    ) || die "apt-get could not download sendmail-bin, sendmail-cf and sasl2-bin"
-    mkdir -p "$root/.venvs"
-    rm -rf "$root/.venvs/sendmail"
-    mv "$work/tree" "$root/.venvs/sendmail"
-    rm -rf "$work"
-}
-
-# ensure_servers: PostgreSQL and Redis, of which the tests run instances of their own.  Neither is
-# to serve on this machine because of that, so their packages may not start nor enable anything.
-ensure_servers() {
-    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
-    ensure_command redis-server redis-server
-    # For building the extra `policy`.
-    [ -e /usr/include/db.h ] || missing+=(libdb-dev)
+# install_unstarted SERVICE...: install what is missing.  These services, if they are among it, are
+# not to serve on this machine because of that: their packages may not start nor enable them.
+install_unstarted() {
     [ "${#missing[@]}" -gt 0 ] || return 0
-    local packages=" ${missing[*]} " policy=/usr/sbin/policy-rc.d made='' sudo=()
+    local packages=" ${missing[*]} " policy=/usr/sbin/policy-rc.d made='' sudo=() service
     if [ "$(id -u)" -ne 0 ]; then sudo=(sudo); fi
     if [ ! -e "$policy" ]; then
         printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$policy" >/dev/null
@@ -111,12 +81,60 @@ ensure_servers() {
     fi
     install_missing
     if [ -n "$made" ]; then "${sudo[@]}" rm -f "$policy"; fi
-    local service
-    for service in postgresql redis-server; do
+    for service in "$@"; do
         if [[ $packages == *" $service "* ]] && command -v systemctl >/dev/null; then
             "${sudo[@]}" systemctl --quiet disable "$service" 2>/dev/null || true
         fi
     done
+}
+
+# ensure_servers: PostgreSQL and Redis, of which the tests run instances of their own.
+ensure_servers() {
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+    ensure_command redis-server redis-server
+    # For building the extra `policy`.
+    [ -e /usr/include/db.h ] || missing+=(libdb-dev)
+    install_unstarted postgresql redis-server
+}
+
+# ensure_mtas: Postfix installed, and sendmail unpacked into .venvs/sendmail with what makes
+# passwords for AUTH: installed, each of the two MTAs would remove the other.
+ensure_mtas() {
+    local tree=$root/.venvs/sendmail package
+    local binary=$tree/usr/libexec/sendmail/sendmail
+    [ -x /usr/lib/postfix/sbin/master ] || missing+=(postfix)
+    ensure_command openssl openssl
+    ensure_command m4 m4
+    install_unstarted postfix
+    if [ ! -x "$binary" ] || [ ! -x "$tree/usr/sbin/saslpasswd2" ]; then unpack_sendmail "$tree"; fi
+    if ldd "$binary" | grep -q 'not found'; then
+        for package in $(apt-cache depends sendmail-bin | sed -n 's/^ *Depends: \(lib[^ ]*\)$/\1/p'); do
+            missing+=("$package")
+        done
+        install_missing
+    fi
+}
+
+# unpack_sendmail DIRECTORY: the packages that ensure_mtas needs, unpacked there.
+unpack_sendmail() {
+    say "Unpacking sendmail into ${1#"$root"/}"
+    local work packages=(sendmail-bin sendmail-cf sasl2-bin)
+    local sudo=()
+    if [ "$(id -u)" -ne 0 ]; then sudo=(sudo); fi
+    work=$(mktemp -d)
+    (
+        cd "$work"
+        apt-get -qq download "${packages[@]}" 2>apt.log || {
+            # There are no package lists yet, or they are old.
+            "${sudo[@]}" apt-get -qq update && apt-get -qq download "${packages[@]}" 2>apt.log
+        } || { cat apt.log >&2; exit 1; }
+        for package in *.deb; do dpkg-deb -x "$package" tree; done
+    ) || die "apt-get could not download: ${packages[*]}"
+    chmod 755 "$work/tree"
+    mkdir -p "${1%/*}"
+    rm -rf "$1"
+    mv "$work/tree" "$1"
+    rm -rf "$work"
 }
 
 # --- the interpreter and its virtual environment -----------------------------------------------

@@ -308,6 +308,13 @@ class Case:
     received: bool = False
     topic: str = ""
 
+    @property
+    def authenticates(self) -> bool:
+        """Whether the client uses AUTH, for which the MTA needs a password."""
+        return not isinstance(self.dialogue, Submission) and any(
+            step.do == "auth" for step in self.dialogue
+        )
+
     def on(self, mta: str) -> Case:
         """The case as it is on *mta*, its differences applied."""
         case = self

@@ -39,9 +39,19 @@ def _listens(server: Any, address: tuple[str, int]) -> bool:
         return False
 
 
-def require(mta: str) -> None:
+def lacks(mta: str, case: Case) -> str:
+    """Why *case* cannot run on *mta* here, or an empty text."""
+    if mta != "mock" and case.authenticates and _password_tool() is None:
+        return "sasl2-bin is not unpacked (scripts/test-mtas does it)"
+    return missing(mta)
+
+
+def require(mta: str, case: Case | None = None) -> None:
     """Skip the test where *mta* cannot run, visibly; in CI that is a failure."""
-    if reason := missing(mta):
+    case = case or Case("")
+    if case.port in ("ipv6", "inet6") and not has_ipv6():
+        pytest.skip("there is no ::1 here")
+    if reason := lacks(mta, case):
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -155,6 +165,13 @@ def _inet(host: str) -> str:
     return f"{kind}:{free_port(host)}@{shown}"
 
 
+def _password_tool() -> Path | None:
+    """Debian's saslpasswd2, unpacked beside sendmail."""
+    found = sendmail.tree()
+    tool = found / "usr/sbin/saslpasswd2" if found else None
+    return tool if tool and tool.exists() else None
+
+
 def _make_credentials(base: Path) -> None:
     """A certificate of one day, and a password for AUTH where the tool for it is there."""
     subprocess.run(
@@ -166,9 +183,7 @@ def _make_credentials(base: Path) -> None:
         check=True, capture_output=True, timeout=WAIT,
     )  # fmt: skip
     (base / "key.pem").chmod(0o600)
-    found = sendmail.tree()
-    tool = found and found / "usr/sbin/saslpasswd2"
-    if tool and tool.exists():
+    if tool := _password_tool():
         database = base / "sasldb2"
         subprocess.run(
             [str(tool), "-f", str(database), "-c", "-p", "-u", "mx.test.invalid", "tester"],

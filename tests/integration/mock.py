@@ -144,7 +144,9 @@ class _Session:
             self.mta.quit()
 
     def _abort(self) -> None:
-        if self._sender is not None and not self._silent:
+        # Postfix says it whether a message is under way or not, and more than once.
+        if not self._silent and not self._blocked and self.mta._wire.is_open:
+            self.mta.abort()
             self.mta.abort()
         self._forget()
 
@@ -281,14 +283,8 @@ class _Session:
                 return TEMPFAILED
         if decided.verdict.goes_on or decided.verdict is Verdict.ACCEPT:
             self._deliver(message, decided)
-        elif decided.stage is not Stage.EOM:
-            self._abort_after(decided)
-        self._forget()
+        self._abort()
         return _refusal(decided) or "250 2.0.0 Ok: queued as MOCK1"
-
-    def _abort_after(self, decided: Reply) -> None:
-        if decided.verdict is Verdict.DISCARD or decided.stage is not Stage.EOM:
-            self.mta.abort()
 
     def _content(self, message: Message) -> Reply:
         mta = self.mta

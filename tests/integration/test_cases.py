@@ -12,7 +12,7 @@ from integration.cases import CASES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case: Case, mta: str, lab: laboratory.Laboratory) -> None:
     """What the client, the filter and the next hop see is what the case says."""
-    laboratory.require(mta)
+    laboratory.require(mta, case)
     bench = lab.bench(mta)
     found = problems(case.on(mta), bench.run(case))
     assert not found, "\n".join(
