@@ -214,7 +214,7 @@ set_reply(Call *call, const char *code, const char *enhanced, const char *text)
     result = smfi_setreply(call->handle, (char *)code, (char *)enhanced, (char *)text);
     pthread_mutex_unlock(&call->context->lock);
     if (result == MI_SUCCESS) {
-        call->context->reply_class = code[0];
+        call->context->reply_class = 0; /* it goes out with this very verdict */
     }
 }
 
@@ -336,6 +336,9 @@ report_exception(Call *call)
         return;
     }
     Py_INCREF(hook);
+    if (message == NULL) {
+        PyErr_Clear(); /* out of memory: without a note then */
+    }
 #if PY_VERSION_HEX >= 0x030B0000
     done = message == NULL ? NULL : PyObject_CallMethod(exception, "add_note", "O", message);
     if (done == NULL) {
@@ -397,6 +400,10 @@ why_no_verdict(const Call *call, long verdict)
     case SMFIS_SKIP:
         if ((call->context->protocol & SMFIP_SKIP) == 0) {
             return "SKIP was not negotiated";
+        }
+        if (call->stage != ENVRCPT && call->stage != HEADER && call->stage != BODY &&
+            call->stage != UNKNOWN) {
+            return "SKIP is only for steps that repeat";
         }
         break;
     case SMFIS_DISCARD:
@@ -476,7 +483,7 @@ find_context(Call *call)
     ContextObject *context = smfi_getpriv(call->handle);
 
     if (context == NULL && call->stage != ABORT && call->stage != CLOSE) {
-        context = new_context(filter.state, call->handle);
+        context = new_context(filter.state, call->handle, call->stage);
         if (context != NULL) {
             smfi_setpriv(call->handle, context);
             atomic_fetch_add(&filter.created, 1);
@@ -755,7 +762,7 @@ on_body(SMFICTX *handle, unsigned char *chunk, size_t size)
 static size_t
 bounded_length(const char *command)
 {
-#if defined(__GLIBC__) || defined(__linux__)
+#if defined(__linux__) || defined(__FreeBSD__) || defined(__APPLE__)
     return strnlen(command, malloc_usable_size((void *)command));
 #else
     return strlen(command);
@@ -857,11 +864,13 @@ remember(const ContextObject *context)
 }
 
 void
-recall(ContextObject *context)
+recall(ContextObject *context, enum stage stage)
 {
     size_t place = place_of(context->handle);
 
-    if (agreements[place].handle == context->handle) {
+    /* Nothing but CONNECT or an unknown command may follow QUIT_NC; what else comes first is a
+     * new connection at an old address. */
+    if (agreements[place].handle == context->handle && (stage == CONNECT || stage == UNKNOWN)) {
         context->actions = agreements[place].actions;
         context->protocol = agreements[place].protocol;
         agreements[place].handle = NULL;
@@ -1023,7 +1032,7 @@ out_of_order(PyObject *module, const char *call, const char *why)
 static bool
 before_start(PyObject *module, const char *call)
 {
-    if (filter.phase == RUNNING) {
+    if (filter.phase == STARTING || filter.phase == RUNNING) {
         out_of_order(module, call, "not while main() runs");
         return false;
     }
@@ -1044,8 +1053,10 @@ static PyObject *
 milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     module_state *state = state_of(module);
+    enum phase before = filter.phase;
+    LocalAddress local = {0};
 
-    if (filter.phase == RUNNING) {
+    if (filter.phase == STARTING || filter.phase == RUNNING) {
         return out_of_order(module, "main", "it runs already; there is one filter to a process");
     }
     if (filter.phase == STOPPED) {
@@ -1058,11 +1069,16 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
     }
     if (atomic_load(&filter.stop_wanted)) {
         filter.phase = STOPPED;
-        remove_unix_socket();
+        stop_listening(&local);
         Py_RETURN_NONE;
     }
-    if ((filter.phase != SOCKET_OPEN && open_socket(state, false) < 0) || open_pipe(state) < 0 ||
-        hook_interpreter(module, state) < 0) {
+    filter.phase = STARTING; /* claimed before anything lets another thread run */
+    if (before != SOCKET_OPEN && open_socket(state, false) < 0) {
+        filter.phase = before;
+        return NULL;
+    }
+    if (open_pipe(state) < 0 || hook_interpreter(module, state) < 0) {
+        filter.phase = SOCKET_OPEN;
         return NULL;
     }
     warn_of_few_descriptors();
@@ -1076,8 +1092,8 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
         raise_exception(raised);
         return NULL;
     }
-    if (!atomic_load(&filter.stop_wanted) && atomic_load(&filter.result) != MI_SUCCESS &&
-        !libmilter_took_signal()) {
+    if (!atomic_load(&filter.stop_wanted) && !atomic_load(&filter.forked) &&
+        atomic_load(&filter.result) != MI_SUCCESS && !libmilter_took_signal()) {
         PyErr_SetString(state->error, "smfi_main failed; libmilter wrote the reason to syslog");
         return NULL;
     }
@@ -1108,16 +1124,25 @@ PyDoc_STRVAR(
     "negotiate: set these callbacks, or remove them by None; one left out stays as it is.\n\n"
     "Raises error while the filter runs.  libmilter: smfi_register.");
 
+static bool
+may_be_callback(enum stage stage, PyObject *value)
+{
+    if (value == NULL || value == Py_None || PyCallable_Check(value)) {
+        return true;
+    }
+    PyErr_Format(PyExc_TypeError, "the %s callback must be callable or None, not %.100s",
+                 stages[stage].name, Py_TYPE(value)->tp_name);
+    return false;
+}
+
 static int
 set_given_callback(module_state *state, enum stage stage, PyObject *value)
 {
+    if (!may_be_callback(stage, value)) {
+        return -1;
+    }
     if (value == NULL) {
         return 0;
-    }
-    if (value != Py_None && !PyCallable_Check(value)) {
-        PyErr_Format(PyExc_TypeError, "the %s callback must be callable or None, not %.100s",
-                     stages[stage].name, Py_TYPE(value)->tp_name);
-        return -1;
     }
     Py_XSETREF(state->callbacks[stage], value == Py_None ? NULL : Py_NewRef(value));
     return 0;
@@ -1172,15 +1197,19 @@ milter_register(PyObject *module, PyObject *args, PyObject *keywords)
     if (copy == NULL) {
         return PyErr_NoMemory();
     }
-    if (set_given_callback(state, UNKNOWN, unknown) < 0 ||
-        set_given_callback(state, DATA, data) < 0 ||
-        set_given_callback(state, NEGOTIATE, negotiate) < 0) {
+    if (!may_be_callback(UNKNOWN, unknown) || !may_be_callback(DATA, data) ||
+        !may_be_callback(NEGOTIATE, negotiate)) {
         free(copy);
         return NULL;
     }
+    (void)set_given_callback(state, UNKNOWN, unknown);
+    (void)set_given_callback(state, DATA, data);
+    (void)set_given_callback(state, NEGOTIATE, negotiate);
     free(state->name);
     state->name = copy;
     if (describe_filter(copy) != MI_SUCCESS) {
+        free(state->name);
+        state->name = NULL;
         return out_of_order(module, "smfi_register",
                             "the header and the library of libmilter "
                             "are of different versions");
@@ -1258,9 +1287,12 @@ milter_opensocket(PyObject *module, PyObject *value)
         return out_of_order(module, "opensocket",
                             state->name == NULL ? "call register() first" : "call setconn() first");
     }
+    filter.phase = STARTING;
     if (open_socket(state, remove_old) < 0) {
+        filter.phase = SETTING_UP;
         return NULL;
     }
+    filter.phase = SOCKET_OPEN;
     Py_RETURN_NONE;
 }
 
@@ -1564,10 +1596,10 @@ milter_exec(PyObject *module)
     }
     state->policy = SMFIS_TEMPFAIL;
     type = PyType_FromModuleAndSpec(module, &context_spec, NULL);
+    state->context_type = (PyTypeObject *)type;
     if (type == NULL || add_exceptions(module, state) < 0 || add_constants(module) < 0) {
         return -1;
     }
-    state->context_type = (PyTypeObject *)type;
 #if PY_VERSION_HEX < 0x030A0000
     state->context_type->tp_new = NULL; /* no Py_TPFLAGS_DISALLOW_INSTANTIATION yet */
 #endif

@@ -28,6 +28,9 @@ _ENHANCED_CODE = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 _PERCENTS = re.compile(rb"%+")
 
 #: Steps of the conversation in which DISCARD has no message to discard.
+#: Steps that may come several times in a row, so that the rest of them can be skipped.
+_REPEATED = frozenset({"envrcpt", "header", "body", "unknown"})
+
 _BEFORE_MESSAGE = frozenset({"connect", "helo"})
 #: Steps whose result nobody reads.
 _NO_VERDICT = frozenset({"abort", "close"})
@@ -194,6 +197,8 @@ def _why_no_verdict(step: str, verdict: object, protocol: int, silent: bool) -> 
         return "not one of CONTINUE, REJECT, DISCARD, ACCEPT, TEMPFAIL, SKIP, NOREPLY"
     if verdict == milter.SKIP and not protocol & milter.P_SKIP:
         return "SKIP was not negotiated"
+    if verdict == milter.SKIP and step not in _REPEATED:
+        return "SKIP is only for steps that repeat"
     if verdict == milter.DISCARD and step in _BEFORE_MESSAGE:
         return "DISCARD is not allowed before there is a message"
     return "no reply was negotiated for this callback" if silent else None

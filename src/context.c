@@ -3,7 +3,7 @@
 #include "milter.h"
 
 ContextObject *
-new_context(module_state *state, SMFICTX *handle)
+new_context(module_state *state, SMFICTX *handle, enum stage stage)
 {
     ContextObject *self = (ContextObject *)state->context_type->tp_alloc(state->context_type, 0);
 
@@ -15,7 +15,7 @@ new_context(module_state *state, SMFICTX *handle)
     self->handle = handle;
     self->stage = OUTSIDE;
     self->offered_actions = self->actions = SMFI_CURR_ACTS;
-    recall(self);
+    recall(self, stage);
     return self;
 }
 
@@ -96,6 +96,9 @@ why_not(const ContextObject *self, const Action *action)
 {
     if (self->handle == NULL) {
         return "bad context";
+    }
+    if (action->writes && atomic_load(&filter.forked)) {
+        return "this process is a fork of the filter, which alone answers the MTA";
     }
     if (action->stage != ANY_CALLBACK && self->stage != action->stage) {
         return action->stage == EOM ? "only allowed in the eom callback"

@@ -17,7 +17,8 @@
 static bool
 stop_is_wanted(void)
 {
-    return atomic_load(&filter.stop_wanted) || atomic_load(&filter.listener_ended);
+    return atomic_load(&filter.stop_wanted) || atomic_load(&filter.listener_ended) ||
+           atomic_load(&filter.forked);
 }
 
 static bool
@@ -62,6 +63,9 @@ wait_until(module_state *state, bool (*done)(void), double deadline)
             stop_with_exception(state);
             continue;
         }
+        if (atomic_load(&filter.forked)) {
+            return true; /* a handler forked, and this is the child */
+        }
         if (timeout == 0) {
             return false;
         }
@@ -84,6 +88,9 @@ drain(module_state *state)
     double deadline = monotonic_now() + filter.drain_seconds;
     LocalAddress local = {0};
 
+    if (atomic_load(&filter.forked)) {
+        return; /* sockets and connections are the parent's */
+    }
     atomic_store(&filter.draining, true);
     stop_listening(&local);
     if (!wait_until(state, messages_are_done, deadline)) {
@@ -91,6 +98,9 @@ drain(module_state *state)
                    PyUnicode_FromFormat("stopped with %ld messages still in progress after %d s",
                                         atomic_load(&filter.messages), (int)filter.drain_seconds),
                    NULL);
+    }
+    if (atomic_load(&filter.forked)) {
+        return;
     }
     end_connections(&local);
     if (!atomic_load(&filter.listener_ended)) {
@@ -146,6 +156,7 @@ start_libmilter(module_state *state)
     }
     pthread_mutex_unlock(&filter.startup);
     if (code != 0) {
+        cancel_parking();
         return raise_os_error(state, code, "cannot start", "libmilter's thread", "");
     }
     return 0;
@@ -202,6 +213,12 @@ after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return_wakeup_fd();
     filter.phase = STOPPED;
+    for (int i = 0; i < 2; i++) {
+        if (filter.pipe[i] >= 0) {
+            close(filter.pipe[i]); /* what is written there is for the parent */
+            filter.pipe[i] = -1;
+        }
+    }
     free(filter.path);
     filter.path = NULL;
     atomic_store(&filter.gate_closed, true);
@@ -220,8 +237,12 @@ hook_interpreter(PyObject *module, module_state *state)
         return 0;
     }
     atexit = PyImport_ImportModule("atexit");
-    os = PyImport_ImportModule("os");
-    hook = os == NULL ? NULL : PyObject_GetAttrString(os, "register_at_fork");
+    os = atexit == NULL ? NULL : PyImport_ImportModule("os");
+    if (os == NULL) {
+        Py_XDECREF(atexit);
+        return -1;
+    }
+    hook = PyObject_GetAttrString(os, "register_at_fork");
     function = PyObject_GetAttrString(module, "_after_fork_in_child");
     keywords = function == NULL ? NULL : Py_BuildValue("{sN}", "after_in_child", function);
     function = PyObject_GetAttrString(module, "_close_gate");
@@ -274,9 +295,11 @@ run_filter(module_state *state)
         drain(state);
     }
     return_wakeup_fd();
-    atomic_store(&filter.drained, true);
+    atomic_store(&filter.drained, started == 0);
     give_back_signals();
-    filter.phase = STOPPED;
-    take_put_off_action();
+    filter.phase = started == 0 ? STOPPED : SOCKET_OPEN;
+    if (!atomic_load(&filter.forked)) {
+        take_put_off_action();
+    }
     return started;
 }

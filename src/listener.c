@@ -112,7 +112,11 @@ why_bad_conn(const char *conn, char *advice, size_t advice_size)
 static void
 each_descriptor(bool (*visit)(int fd, void *arg), void *arg)
 {
+#if defined(__linux__) || defined(__APPLE__)
     DIR *directory = opendir("/dev/fd"); /* on Linux a link to /proc/self/fd */
+#else
+    DIR *directory = NULL; /* FreeBSD shows but the first three there */
+#endif
     struct dirent *entry;
     struct rlimit limit;
 
@@ -360,7 +364,6 @@ open_socket(module_state *state, bool remove_old)
          * the option over from the listening socket. */
         setsockopt(filter.listener, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     }
-    filter.phase = SOCKET_OPEN;
     return 0;
 }
 
@@ -402,20 +405,32 @@ remove_unix_socket(void)
     filter.path = NULL;
 }
 
+/* Was a socket with this address accepted from the listening one?  That may have no host of its
+ * own; an unnamed unix socket must not pass for one with an abstract name. */
 static bool
-same_local_address(const LocalAddress *local, const struct sockaddr_storage *other)
+same_local_address(const LocalAddress *local, const struct sockaddr_storage *other,
+                   socklen_t other_size)
 {
+    const struct sockaddr_in *in = (const struct sockaddr_in *)&local->name;
+    const struct sockaddr_in *other_in = (const struct sockaddr_in *)other;
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)&local->name;
+    const struct sockaddr_in6 *other_in6 = (const struct sockaddr_in6 *)other;
+
     if (local->name.ss_family != other->ss_family) {
         return false;
     }
-    if (other->ss_family == AF_UNIX) {
-        return strncmp(((const struct sockaddr_un *)&local->name)->sun_path,
-                       ((const struct sockaddr_un *)other)->sun_path,
-                       sizeof((struct sockaddr_un *)0)->sun_path) == 0;
+    switch (other->ss_family) {
+    case AF_INET:
+        return in->sin_port == other_in->sin_port &&
+               (in->sin_addr.s_addr == htonl(INADDR_ANY) ||
+                in->sin_addr.s_addr == other_in->sin_addr.s_addr);
+    case AF_INET6:
+        return in6->sin6_port == other_in6->sin6_port &&
+               (IN6_IS_ADDR_UNSPECIFIED(&in6->sin6_addr) ||
+                IN6_ARE_ADDR_EQUAL(&in6->sin6_addr, &other_in6->sin6_addr));
+    default:
+        return local->size == other_size && memcmp(&local->name, other, other_size) == 0;
     }
-    /* The port is at the same place for both families; the host may have been a wildcard. */
-    return ((const struct sockaddr_in *)&local->name)->sin_port ==
-           ((const struct sockaddr_in *)other)->sin_port;
 }
 
 static bool
@@ -423,11 +438,17 @@ end_reading(int fd, void *arg)
 {
     struct sockaddr_storage name = {0};
     socklen_t size = sizeof name;
-    int own = dup(fd); /* the number may be used anew while we look at it */
+    struct stat status;
+    int own = -1;
+
+    /* Sockets only: closing a duplicate of a file would end the process's locks on the file. */
+    if (fstat(fd, &status) == 0 && S_ISSOCK(status.st_mode)) {
+        own = dup(fd); /* the number may be used anew while we look at it */
+    }
 
     if (own >= 0) {
         if (getsockname(own, (struct sockaddr *)&name, &size) == 0 && !is_listening(own) &&
-            same_local_address(arg, &name)) {
+            same_local_address(arg, &name, size)) {
             shutdown(own, SHUT_RD);
         }
         close(own);

@@ -27,8 +27,13 @@
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
-#if defined(__GLIBC__) || defined(__linux__)
+#if defined(__linux__)
 #include <malloc.h>
+#elif defined(__FreeBSD__)
+#include <malloc_np.h>
+#elif defined(__APPLE__)
+#include <malloc/malloc.h>
+#define malloc_usable_size malloc_size
 #endif
 
 #include <libmilter/mfapi.h>
@@ -91,7 +96,7 @@ typedef struct {
     bool hooked;                 /* the interpreter calls us at exit and after a fork */
 } module_state;
 
-enum phase { SETTING_UP, SOCKET_OPEN, RUNNING, STOPPED };
+enum phase { SETTING_UP, SOCKET_OPEN, STARTING, RUNNING, STOPPED };
 enum socket_kind { NO_SOCKET, UNIX_SOCKET, INET_SOCKET, INET6_SOCKET, INHERITED_SOCKET };
 
 /* What belongs to the process: libmilter is one to a process and hands a callback nothing
@@ -191,10 +196,10 @@ void stop_with_exception(module_state *state);
 void end_message(ContextObject *context);
 void lock_context(ContextObject *context);
 void remember(const ContextObject *context);
-void recall(ContextObject *context);
+void recall(ContextObject *context, enum stage stage);
 
 /* context.c: the context object */
-ContextObject *new_context(module_state *state, SMFICTX *handle);
+ContextObject *new_context(module_state *state, SMFICTX *handle, enum stage stage);
 void forget_connection(ContextObject *context);
 
 /* listener.c: the listening socket */
@@ -218,6 +223,7 @@ void return_wakeup_fd(void);
 void forward_signals(const char *bytes, ssize_t count);
 void prepare_parking(sigset_t *mask);
 void park_signal_thread(void);
+void cancel_parking(void);
 bool libmilter_took_signal(void);
 
 /* lifecycle.c: from main() to the end of the process */

@@ -193,7 +193,7 @@ in_main_thread(void)
 /* Python's own C handler of signals writes their numbers to this descriptor: a signal whose
  * handler is in Python wakes main() whichever thread it arrives on.  Returns the one before. */
 static int
-set_wakeup_fd(int fd)
+set_wakeup_fd(int fd, bool warn)
 {
     PyObject *module = PyImport_ImportModule("signal");
     PyObject *function = NULL, *args = NULL, *keywords = NULL, *old = NULL;
@@ -201,7 +201,8 @@ set_wakeup_fd(int fd)
 
     if (module != NULL && (function = PyObject_GetAttrString(module, "set_wakeup_fd")) != NULL &&
         (args = Py_BuildValue("(i)", fd)) != NULL &&
-        (keywords = Py_BuildValue("{sO}", "warn_on_full_buffer", Py_False)) != NULL &&
+        (keywords = Py_BuildValue("{sO}", "warn_on_full_buffer", warn ? Py_True : Py_False)) !=
+            NULL &&
         (old = PyObject_Call(function, args, keywords)) != NULL) {
         before = (int)PyLong_AsLong(old);
     }
@@ -217,7 +218,7 @@ set_wakeup_fd(int fd)
 void
 borrow_wakeup_fd(void)
 {
-    filter.wakeup_before = set_wakeup_fd(filter.pipe[1]);
+    filter.wakeup_before = set_wakeup_fd(filter.pipe[1], false);
     filter.wakeup_set = true;
 }
 
@@ -226,7 +227,7 @@ return_wakeup_fd(void)
 {
     if (filter.wakeup_set) {
         filter.wakeup_set = false;
-        set_wakeup_fd(filter.wakeup_before);
+        set_wakeup_fd(filter.wakeup_before, true);
     }
 }
 
@@ -421,6 +422,19 @@ prepare_parking(sigset_t *mask)
     }
 }
 
+/* libmilter's threads did not come to be. */
+void
+cancel_parking(void)
+{
+    struct sigaction none = {.sa_handler = SIG_DFL};
+
+    if (park_signal != 0) {
+        sigaction(park_signal, &none, NULL);
+        park_signal = 0;
+    }
+    send_again();
+}
+
 void
 park_signal_thread(void)
 {
@@ -463,6 +477,11 @@ bool
 libmilter_took_signal(void)
 {
     return false;
+}
+
+void
+cancel_parking(void)
+{
 }
 
 void
