@@ -8,6 +8,7 @@ import email.utils
 import gc
 import ipaddress
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -661,6 +662,9 @@ def test_parse_header(value: str, decoded: str) -> None:
         " @",
         "(a)",
     ],
+)
+@pytest.mark.skipif(
+    hasattr(sys, "gettotalrefcount"), reason="a debug build checks every string from end to end"
 )
 def test_hostile_input_costs_linear_time(hostile: str) -> None:
     def seconds(text: str) -> float:
