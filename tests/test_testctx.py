@@ -216,9 +216,14 @@ def test_a_verdict_stops_the_feed(play, step, verdict):
     assert (ctx._body is None) == (step != "eom")
 
 
-@pytest.mark.parametrize(
-    ("step", "count"), [("header", 6), ("body", 2), ("envrcpt", 3), ("data", 1), ("envfrom", 1)]
-)
+@pytest.mark.parametrize("step", ["envfrom", "data", "eoh", "eom"])
+def test_skip_is_for_steps_that_repeat(play, step):
+    ctx = play((Logger,), verdicts={step: SKIP})
+    with pytest.raises(milter.error, match="SKIP is only for steps that repeat"):
+        fed(ctx)
+
+
+@pytest.mark.parametrize(("step", "count"), [("header", 6), ("body", 2), ("envrcpt", 3)])
 def test_skip_leaves_out_the_rest_of_a_kind(play, step, count):
     message = MESSAGE + b"x" * testctx.CHUNK_SIZE
     ctx = play((Logger,))

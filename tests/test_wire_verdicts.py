@@ -85,6 +85,14 @@ def test_whatever_is_an_int_is_taken_as_one(scripted: Any, body: str, verdict: V
 
 # --- bad ones ----------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("stage", ["connect", "helo", "envfrom", "data", "eoh", "eom"])
+def test_skip_is_no_answer_to_a_step_that_comes_once(scripted: Any, stage: str) -> None:
+    with session(scripted, **{stage: "return milter.SKIP"}) as each:
+        assert each.reach(stage).verdict is Verdict.TEMPFAIL
+    assert f"the {stage} callback returned 8: SKIP is only for steps that repeat" in each.log()
+
+
 NO_VERDICT = "not one of CONTINUE, REJECT, DISCARD, ACCEPT, TEMPFAIL, SKIP, NOREPLY"
 BAD = [
     ("None", "None", "not an int"),
