@@ -123,6 +123,8 @@ def test_exceptions_in_abort_and_close_are_reported_and_no_more(scripted: Any, s
         assert each.mta.rcpt("<c@d>").verdict is Verdict.CONTINUE
     # The message that QUIT cuts off is aborted as well.
     times = 2 if stage == "abort" else 1
+    # What close() raises is reported after the filter has said its last word.
+    each.filter.wait_for(f"ValueError: {each.tag}", times)
     assert each.log().count(f"ValueError: {each.tag}") == times
     assert each.log().count(f"exception in the {stage} callback, queue id unknown") == times
 
