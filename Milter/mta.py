@@ -50,7 +50,7 @@ prescribes.  What breaks a rule is a :class:`ProtocolError`.  A filter that does
 not answer in time is a :class:`FilterTimeout`, one that hangs up a
 :class:`FilterClosed`.  Each says at which stage, and what was received.
 
-**MTAs differ** in how they apply header edits; see :class:`Dialect`.
+**MTAs differ** in how they apply edits; see :class:`Dialect`.
 
 The wire format is that of sendmail's libmilter, header ``libmilter/mfdef.h``;
 comments beside the constants cite its names.
@@ -386,12 +386,20 @@ class Dialect(enum.Enum):
                                                                   appends
     ``chgheader`` of ``subject``      the name changes with the   the name stays as it is
                                       value, to ``subject``
+    ``addrcpt`` of a recipient who    goes out twice: only the    goes out once
+    is there already                  client's has an ORCPT
+    ``addrcpt`` twice of one new      goes out once, unless       goes out once, with the
+    recipient                         NOTIFY or ORCPT differ      first parameters
+    one new recipient in upper and    goes out once               goes out twice
+    in lower case
     skip                              at RCPT, header, body and   at body only
                                       unknown command
     progress                          wherever a reply is due     at end of message only
     ================================  ==========================  ==========================
 
-    Both agree on the rest: ``chgheader`` counts from 1 among the headers of one
+    Both agree on the rest: ``delrcpt`` removes all recipients that are written just
+    so, upper and lower case included; a recipient whom the client names twice gets
+    the message once.  ``chgheader`` counts from 1 among the headers of one
     name, without regard to case; 0 is taken as 1; past the last one it does what
     ``addheader`` does, or nothing where the value is empty; ``insheader`` with 0
     goes to the very top and past the end appends.  Where the MTA has put a
@@ -494,18 +502,6 @@ def _c_string(what: str, value: Text) -> bytes:
 
 def _strip_brackets(address: str) -> str:
     return address[1:-1] if address.startswith("<") and address.endswith(">") else address
-
-
-def _same_address(one: str, other: str) -> bool:
-    """Compare as MTAs do: the domain without regard to case, the local part with."""
-    (local1, at1, domain1), (local2, at2, domain2) = (
-        _strip_brackets(address).rpartition("@") for address in (one, other)
-    )
-    if at1 != at2:
-        return False
-    if not at1:
-        return domain1 == domain2
-    return local1 == local2 and domain1.lower() == domain2.lower()
 
 
 # --- socket addresses -------------------------------------------------------------------------
@@ -1256,6 +1252,47 @@ def _is_named(edit: HeaderEdit, name: bytes) -> bool:
     return _name_of(edit).lower() == name.lower()
 
 
+class _EnvelopeEditor:
+    """The envelope of a message under a filter's edits."""
+
+    def __init__(self, sender: Address, recipients: Iterable[Address], dialect: Dialect) -> None:
+        self.sender = sender
+        self._dialect = dialect
+        # What tells recipients apart, and the recipients.
+        self._recipients: list[tuple[object, Address]] = []
+        for recipient in recipients:
+            # An MTA gives the client's recipients an ORCPT where they come without.
+            self._append(recipient, default_orcpt=f"rfc822;{recipient.address}")
+
+    @property
+    def recipients(self) -> list[Address]:
+        return [recipient for _, recipient in self._recipients]
+
+    def change_sender(self, address: str, params: str | None) -> None:
+        kept = self.sender.params if params is None else tuple(params.split())
+        self.sender = Address(_strip_brackets(address), kept)
+
+    def add(self, address: str, params: str | None) -> None:
+        self._append(Address(_strip_brackets(address), tuple((params or "").split())))
+
+    def delete(self, address: str) -> None:
+        unwanted = _strip_brackets(address)
+        self._recipients = [entry for entry in self._recipients if entry[1].address != unwanted]
+
+    def _append(self, recipient: Address, default_orcpt: str = "") -> None:
+        key = self._key(recipient, default_orcpt)
+        if all(key != other for other, _ in self._recipients):
+            self._recipients.append((key, recipient))
+
+    def _key(self, recipient: Address, default_orcpt: str) -> object:
+        if self._dialect is Dialect.SENDMAIL:
+            return recipient.address
+        pairs = (param.partition("=") for param in recipient.params)
+        values = {name.upper(): value for name, _, value in pairs}
+        orcpt = values.get("ORCPT", default_orcpt)
+        return tuple(map(str.lower, (recipient.address, values.get("NOTIFY", ""), orcpt)))
+
+
 # --- offers and replies ----------------------------------------------------------------------
 
 
@@ -1980,7 +2017,7 @@ class _Transaction:
     def _result(self, decided: Reply, own: Header | None) -> Result:
         mta = self._mta
         leading_space = bool(mta.negotiated.steps & Step.HDR_LEADSPC)
-        editor = _HeaderEditor(self._message.headers, own, mta.dialect, leading_space)
+        headers = _HeaderEditor(self._message.headers, own, mta.dialect, leading_space)
         result = Result(
             verdict=decided.verdict,
             stage=decided.stage,
@@ -1993,46 +2030,37 @@ class _Transaction:
             replies=self._replies,
         )
         if result.accepted:
+            envelope = _EnvelopeEditor(result.sender, result.recipients, mta.dialect)
             for modification in decided.modifications:
-                _apply(modification, result, editor)
-        result.message.headers = editor.headers
-        result.header_edits = editor.edits
+                _apply(modification, result, headers, envelope)
+            result.sender, result.recipients = envelope.sender, envelope.recipients
+        result.message.headers = headers.headers
+        result.header_edits = headers.edits
         return result
 
 
-def _apply(modification: Modification, result: Result, editor: _HeaderEditor) -> None:
-    """Do to *result* what the filter asks for."""
+def _apply(
+    modification: Modification, result: Result, headers: _HeaderEditor, envelope: _EnvelopeEditor
+) -> None:
+    """Do what the filter asks for, to *result* or with one of the editors."""
     if isinstance(modification, AddHeader):
-        editor.add(modification.name, modification.value)
+        headers.add(modification.name, modification.value)
     elif isinstance(modification, InsertHeader):
-        editor.insert(modification.index, modification.name, modification.value)
+        headers.insert(modification.index, modification.name, modification.value)
     elif isinstance(modification, ChangeHeader):
-        editor.change(modification.index, modification.name, modification.value)
+        headers.change(modification.index, modification.name, modification.value)
     elif isinstance(modification, ReplaceBody):
         kept = result.message.body if result.body_replaced else b""
         result.message.body = kept + modification.chunk
         result.body_replaced = True
     elif isinstance(modification, Quarantine):
         result.quarantine = modification.reason
+    elif isinstance(modification, DeleteRecipient):
+        envelope.delete(modification.address)
+    elif isinstance(modification, ChangeSender):
+        envelope.change_sender(modification.address, modification.params)
     else:
-        _apply_to_envelope(modification, result)
-
-
-def _apply_to_envelope(
-    modification: AddRecipient | DeleteRecipient | ChangeSender, result: Result
-) -> None:
-    address = _strip_brackets(modification.address)
-    if isinstance(modification, DeleteRecipient):
-        result.recipients = [
-            one for one in result.recipients if not _same_address(one.address, address)
-        ]
-        return
-    params = tuple((modification.params or "").split())
-    if isinstance(modification, ChangeSender):
-        kept = result.sender.params if modification.params is None else params
-        result.sender = Address(address, kept)
-    elif not any(_same_address(one.address, address) for one in result.recipients):
-        result.recipients = [*result.recipients, Address(address, params)]
+        envelope.add(modification.address, modification.params)
 
 
 # --- details of the steps -----------------------------------------------------------------

@@ -22,6 +22,7 @@ from Milter.mta import (
     Stage,
     Verdict,
     _apply,
+    _EnvelopeEditor,
     _HeaderEditor,
 )
 from Milter.mta import (
@@ -305,21 +306,24 @@ class _Session:
     def _deliver(self, message: Message, decided: Reply) -> None:
         assert self._sender is not None
         leading = bool(self.mta.negotiated.steps & MilterStep.HDR_LEADSPC)
-        editor = _HeaderEditor(message.headers, OWN, Dialect.POSTFIX, leading)
+        headers = _HeaderEditor(message.headers, OWN, Dialect.POSTFIX, leading)
+        envelope = _EnvelopeEditor(self._sender, self._recipients, Dialect.POSTFIX)
         result = Result(
             decided.verdict, decided.stage, decided.smtp, self._sender,
             list(self._recipients), [], Message([], message.body),
         )  # fmt: skip
         for modification in decided.modifications:
-            _apply(modification, result, editor)
+            _apply(modification, result, headers, envelope)
         if result.quarantine is not None:
-            self._mock._held.append(Held(result.sender.address, result.quarantine))
-        elif result.recipients:
-            envelope = Envelope(
-                _dsn(result.sender), [_dsn(recipient) for recipient in result.recipients]
+            self._mock._held.append(Held(envelope.sender.address, result.quarantine))
+        elif envelope.recipients:
+            shown = Message(headers.headers, _lines(result.message.body))
+            self._mock._kept.append(
+                (
+                    Envelope(_dsn(envelope.sender), [_dsn(one) for one in envelope.recipients]),
+                    shown.as_bytes(),
+                )
             )
-            shown = Message(editor.headers, _lines(result.message.body))
-            self._mock._kept.append((envelope, shown.as_bytes()))
 
 
 def _dsn(address: Address) -> str:
