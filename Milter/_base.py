@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import types
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
@@ -49,9 +48,6 @@ _BYTES_CALLBACKS = frozenset({"envfrom", "envrcpt", "header"})
 #: Attributes of an instance that change which steps its connection needs.
 _CALLBACK_NAMES = frozenset(OPTIONAL_CALLBACKS) | {f"{name}_bytes" for name in _BYTES_CALLBACKS}
 
-#: The types of the extension's methods, looked up on a class and on an instance.
-_EXTENSION_METHODS = (types.MethodDescriptorType, types.BuiltinMethodType)
-
 #: Control characters, written so that a log line stays one line and moves no cursor.
 _CONTROLS = {
     **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))},
@@ -71,7 +67,8 @@ def _bound_steps(owner: Any, name: str) -> int:
     if name in _BYTES_CALLBACKS:
         # Whoever replaces the form that gets bytes is called whatever the plain one is.
         as_bytes = getattr(owner, f"{name}_bytes")
-        if not isinstance(as_bytes, _EXTENSION_METHODS):
+        base = getattr(Base, f"{name}_bytes")
+        if getattr(as_bytes, "__func__", as_bytes) is not base:
             method = as_bytes
     steps: int = getattr(method, STEPS_MARK, 0)
     return steps
@@ -98,7 +95,7 @@ def _check_percent(line: Text) -> None:
         raise milter.InvalidArgument(f"'%' must be doubled: {text}")
 
 
-class Base(milter._Decoder):
+class Base:
     """One connection from the MTA: subclass it and override the callbacks you need.
 
     An instance is made for each connection by ``Milter.factory``. Its callbacks follow
@@ -297,13 +294,62 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
-    # The forms of callbacks that get bytes are the extension's: see milter._Decoder.
+    # The forms of callbacks that get bytes.
 
     def _errors_of(self, name: str) -> str:
         """Find and remember the decoding strategy of a callback."""
         strategy: str = getattr(getattr(self, name), ERRORS_MARK, "surrogateescape")
         setattr(self, f"_{name}_errors", strategy)
         return strategy
+
+    def envfrom_bytes(self, *b: bytes) -> int:
+        """Decode what came with MAIL and call ``envfrom``.
+
+        Override it, or assign to it, to get bytes.
+
+        Args:
+            b: the sender and the ESMTP parameters.
+
+        Returns:
+            The verdict of ``envfrom``.
+        """
+        errors = self._envfrom_errors or self._errors_of("envfrom")
+        if errors in SPECIAL_STRATEGIES:
+            return self.envfrom(*_all_or_bytes(b, errors))
+        return self.envfrom(*[value.decode("utf-8", errors) for value in b])
+
+    def envrcpt_bytes(self, *b: bytes) -> int:
+        """Decode what came with RCPT and call ``envrcpt``.
+
+        Override it, or assign to it, to get bytes.
+
+        Args:
+            b: the recipient and the ESMTP parameters.
+
+        Returns:
+            The verdict of ``envrcpt``.
+        """
+        errors = self._envrcpt_errors or self._errors_of("envrcpt")
+        if errors in SPECIAL_STRATEGIES:
+            return self.envrcpt(*_all_or_bytes(b, errors))
+        return self.envrcpt(*[value.decode("utf-8", errors) for value in b])
+
+    def header_bytes(self, fld: str, val: bytes) -> int:
+        """Decode a header's value and call ``header``.
+
+        Override it, or assign to it (``self.header_bytes = self.header``), to get bytes.
+
+        Args:
+            fld: the header's name.
+            val: its value.
+
+        Returns:
+            The verdict of ``header``.
+        """
+        errors = self._header_errors or self._errors_of("header")
+        if errors in SPECIAL_STRATEGIES:
+            return self.header(fld, *_all_or_bytes((val,), errors))
+        return self.header(fld, val.decode("utf-8", errors))
 
     # Negotiation.
 
@@ -563,6 +609,16 @@ def callback_steps(owner: Any, names: Iterable[str] = OPTIONAL_CALLBACKS) -> int
     for name in names:
         steps |= _bound_steps(owner, name)
     return steps
+
+
+def _all_or_bytes(values: Sequence[bytes], errors: str) -> Sequence[Text]:
+    """All values as str, or all as bytes where one is not UTF-8 or bytes are wanted."""
+    if errors == "strict":
+        try:
+            return [value.decode() for value in values]
+        except UnicodeDecodeError:
+            pass
+    return values
 
 
 def _printable(text: str, encoding: str) -> str:
