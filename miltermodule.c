@@ -8,9 +8,10 @@
  *
  * Read it top to bottom: the threads, the verdicts, the way in and out, the trampolines,
  * the module's functions and definition.  Beside it, in src/: milter.h (what all share),
- * values.c (text, addresses, checks of arguments), context.c (the context object),
- * listener.c (the listening socket), signals.c (who gets which signal),
- * lifecycle.c (main() and stopping), constants.c.
+ * turnstile.c (one after the other to the interpreter lock), values.c (text, addresses, checks
+ * of arguments), context.c (the context object), decoder.c (callbacks that get bytes),
+ * listener.c (the listening socket), signals.c (who gets which signal), lifecycle.c (main()
+ * and stopping), constants.c.
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.
@@ -19,19 +20,39 @@
 #include "milter.h"
 
 const StageInfo stages[STAGES] = {
-    [CONNECT] = {"connect", SMFIP_NOCONNECT, SMFIP_NR_CONN, false},
-    [HELO] = {"helo", SMFIP_NOHELO, SMFIP_NR_HELO, false},
-    [ENVFROM] = {"envfrom", SMFIP_NOMAIL, SMFIP_NR_MAIL, true},
-    [ENVRCPT] = {"envrcpt", SMFIP_NORCPT, SMFIP_NR_RCPT, true},
-    [DATA] = {"data", SMFIP_NODATA, SMFIP_NR_DATA, true},
-    [HEADER] = {"header", SMFIP_NOHDRS, SMFIP_NR_HDR, true},
-    [EOH] = {"eoh", SMFIP_NOEOH, SMFIP_NR_EOH, true},
-    [BODY] = {"body", SMFIP_NOBODY, SMFIP_NR_BODY, true},
-    [EOM] = {"eom", 0, 0, true},
-    [ABORT] = {"abort", 0, 0, false},
-    [CLOSE] = {"close", 0, 0, false},
-    [UNKNOWN] = {"unknown", SMFIP_NOUNKNOWN, SMFIP_NR_UNKN, false},
-    [NEGOTIATE] = {"negotiate", 0, 0, false},
+    [CONNECT] = {"connect", NAMES, SMFIP_NOCONNECT, SMFIP_NR_CONN, false},
+    [HELO] = {"helo", HELLO_NAME, SMFIP_NOHELO, SMFIP_NR_HELO, false},
+    [ENVFROM] = {"envfrom", ENVFROM_BYTES, SMFIP_NOMAIL, SMFIP_NR_MAIL, true},
+    [ENVRCPT] = {"envrcpt", ENVRCPT_BYTES, SMFIP_NORCPT, SMFIP_NR_RCPT, true},
+    [DATA] = {"data", DATA_NAME, SMFIP_NODATA, SMFIP_NR_DATA, true},
+    [HEADER] = {"header", HEADER_BYTES, SMFIP_NOHDRS, SMFIP_NR_HDR, true},
+    [EOH] = {"eoh", EOH_NAME, SMFIP_NOEOH, SMFIP_NR_EOH, true},
+    [BODY] = {"body", BODY_NAME, SMFIP_NOBODY, SMFIP_NR_BODY, true},
+    [EOM] = {"eom", EOM_NAME, 0, 0, true},
+    [ABORT] = {"abort", ABORT_NAME, 0, 0, false},
+    [CLOSE] = {"close", NAMES, 0, 0, false},
+    [UNKNOWN] = {"unknown", UNKNOWN_NAME, SMFIP_NOUNKNOWN, SMFIP_NR_UNKN, false},
+    [NEGOTIATE] = {"negotiate", NAMES, 0, 0, false},
+};
+
+static const char *const names[NAMES] = {
+    [ABORT_NAME] = "abort",
+    [BODY_NAME] = "body",
+    [DATA_NAME] = "data",
+    [ENVFROM_NAME] = "envfrom",
+    [ENVFROM_BYTES] = "envfrom_bytes",
+    [ENVFROM_ERRORS] = "_envfrom_errors",
+    [ENVRCPT_NAME] = "envrcpt",
+    [ENVRCPT_BYTES] = "envrcpt_bytes",
+    [ENVRCPT_ERRORS] = "_envrcpt_errors",
+    [EOH_NAME] = "eoh",
+    [EOM_NAME] = "eom",
+    [ERRORS_OF] = "_errors_of",
+    [HEADER_NAME] = "header",
+    [HEADER_BYTES] = "header_bytes",
+    [HEADER_ERRORS] = "_header_errors",
+    [HELLO_NAME] = "hello",
+    [UNKNOWN_NAME] = "unknown",
 };
 
 Filter filter = {
@@ -141,6 +162,7 @@ enter_python(void)
         leave_gate();
         return false;
     }
+    enter_turnstile();
     PyEval_RestoreThread(thread_state);
     return true;
 }
@@ -149,6 +171,7 @@ static void
 leave_python(void)
 {
     PyEval_SaveThread();
+    leave_turnstile();
     leave_gate();
 }
 
@@ -171,12 +194,14 @@ typedef struct {
     enum stage stage;
     bool attached;          /* this thread holds the interpreter lock */
     bool failed;            /* an exception is set */
+    bool direct;            /* call the filter object's method: see milter__call_objects() */
     ContextObject *context; /* owned, or NULL */
     PyObject *callback;     /* owned; NULL where nothing is to be called */
     PyObject **args;        /* owned references; [0] is room for vectorcall */
     size_t count;
     PyObject *stack_args[STACK_ARGS];
     sfsistat verdict;
+    unsigned began; /* for judge() */
 } Call;
 
 static bool
@@ -557,6 +582,7 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
         call->context = NULL;
         return false;
     }
+    call->began = pass_turnstile(stage);
     call->context = find_context(call);
     if (call->context == NULL) {
         if (PyErr_Occurred()) {
@@ -577,7 +603,14 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
         return false;
     }
     call->count = 1;
-    call->args[1] = Py_NewRef(call->context);
+    if (call->callback == call->context->state->shortcuts[stage]) {
+        PyObject *priv = call->context->priv;
+        call->args[1] = Py_NewRef(priv != NULL ? priv : Py_None);
+        call->direct = true;
+    }
+    else {
+        call->args[1] = Py_NewRef(call->context);
+    }
     return true;
 }
 
@@ -613,10 +646,14 @@ static PyObject *
 call_back(Call *call)
 {
     PyObject *result = NULL;
+    size_t count = call->count | PY_VECTORCALL_ARGUMENTS_OFFSET;
 
-    if (!call->failed) {
-        result = PyObject_Vectorcall(call->callback, call->args + 1,
-                                     call->count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    if (!call->failed && call->direct) {
+        PyObject *method = call->context->state->names[stages[call->stage].method];
+        result = PyObject_VectorcallMethod(method, call->args + 1, count, NULL);
+    }
+    else if (!call->failed) {
+        result = PyObject_Vectorcall(call->callback, call->args + 1, count, NULL);
     }
     for (size_t i = 1; i <= call->count; i++) {
         Py_DECREF(call->args[i]);
@@ -650,6 +687,7 @@ detach(Call *call)
         }
         Py_DECREF(context);
     }
+    judge(call->stage, call->began);
     leave_python();
     return verdict;
 }
@@ -1511,6 +1549,27 @@ CALLBACK_SETTER(eom, EOM, "ctx")
 CALLBACK_SETTER(abort, ABORT, "ctx")
 CALLBACK_SETTER(close, CLOSE, "ctx")
 
+/* Private to the package Milter.  {callback: function} of functions that do nothing but call
+ * the method of that step of ctx.getpriv() with the rest of their arguments: where one of
+ * these is what a callback is set to, the method is called without it. */
+static PyObject *
+milter__call_objects(PyObject *module, PyObject *functions)
+{
+    module_state *state = state_of(module);
+
+    if (!PyDict_Check(functions)) {
+        PyErr_SetString(PyExc_TypeError, "_call_objects: functions must be a dict");
+        return NULL;
+    }
+    for (int i = 0; i < STAGES; i++) {
+        if (stages[i].method != NAMES) {
+            PyObject *function = PyDict_GetItemString(functions, stages[i].name);
+            Py_XSETREF(state->shortcuts[i], Py_XNewRef(function));
+        }
+    }
+    Py_RETURN_NONE;
+}
+
 #define FUNCTION(name, flags)                                                                      \
     {                                                                                              \
 #name, (PyCFunction)(void (*)(void))milter_##name, flags, name##_doc                       \
@@ -1541,6 +1600,7 @@ static PyMethodDef milter_functions[] = {
     FUNCTION(setmaxdatasize, METH_O),
     FUNCTION(settimeout, METH_O),
     FUNCTION(stop, METH_NOARGS),
+    {"_call_objects", milter__call_objects, METH_O, NULL},
     {"_close_gate", close_gate, METH_NOARGS, NULL},
     {"_after_fork_in_child", after_fork_in_child, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -1606,6 +1666,16 @@ milter_exec(PyObject *module)
     if (PyModule_AddObject(module, "milterContext", Py_NewRef(type)) < 0) {
         return -1;
     }
+    type = PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
+    if (type == NULL || PyModule_AddObject(module, "_Decoder", type) < 0) {
+        return -1;
+    }
+    for (int i = 0; i < NAMES; i++) {
+        state->names[i] = PyUnicode_InternFromString(names[i]);
+        if (state->names[i] == NULL) {
+            return -1;
+        }
+    }
     filter.state = state;
     return 0;
 }
@@ -1621,6 +1691,7 @@ milter_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->raised);
     for (int i = 0; i < STAGES; i++) {
         Py_VISIT(state->callbacks[i]);
+        Py_VISIT(state->shortcuts[i]);
     }
     return 0;
 }
@@ -1636,6 +1707,10 @@ milter_clear(PyObject *module)
     Py_CLEAR(state->raised);
     for (int i = 0; i < STAGES; i++) {
         Py_CLEAR(state->callbacks[i]);
+        Py_CLEAR(state->shortcuts[i]);
+    }
+    for (int i = 0; i < NAMES; i++) {
+        Py_CLEAR(state->names[i]);
     }
     return 0;
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import milter
@@ -14,7 +15,6 @@ from ._decorators import (
     ENABLED_MARK,
     ERRORS_MARK,
     MACROS_MARK,
-    SPECIAL_STRATEGIES,
     STEPS_MARK,
     nocallback,
     noreply,
@@ -48,6 +48,9 @@ _BYTES_CALLBACKS = frozenset({"envfrom", "envrcpt", "header"})
 #: Attributes of an instance that change which steps its connection needs.
 _CALLBACK_NAMES = frozenset(OPTIONAL_CALLBACKS) | {f"{name}_bytes" for name in _BYTES_CALLBACKS}
 
+#: The types of the extension's methods, looked up on a class and on an instance.
+_EXTENSION_METHODS = (types.MethodDescriptorType, types.BuiltinMethodType)
+
 #: Control characters, written so that a log line stays one line and moves no cursor.
 _CONTROLS = {
     **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))},
@@ -67,8 +70,7 @@ def _bound_steps(owner: Any, name: str) -> int:
     if name in _BYTES_CALLBACKS:
         # Whoever replaces the form that gets bytes is called whatever the plain one is.
         as_bytes = getattr(owner, f"{name}_bytes")
-        base = getattr(Base, f"{name}_bytes")
-        if getattr(as_bytes, "__func__", as_bytes) is not base:
+        if not isinstance(as_bytes, _EXTENSION_METHODS):
             method = as_bytes
     steps: int = getattr(method, STEPS_MARK, 0)
     return steps
@@ -95,7 +97,7 @@ def _check_percent(line: Text) -> None:
         raise milter.InvalidArgument(f"'%' must be doubled: {text}")
 
 
-class Base:
+class Base(milter._Decoder):
     """One connection from the MTA: subclass it and override the callbacks you need.
 
     An instance is made for each connection by ``Milter.factory``. Its callbacks follow
@@ -294,62 +296,13 @@ class Base:
         """
         return milter.CONTINUE
 
-    # The forms of callbacks that get bytes.
+    # The forms of callbacks that get bytes are the extension's: see milter._Decoder.
 
     def _errors_of(self, name: str) -> str:
         """Find and remember the decoding strategy of a callback."""
         strategy: str = getattr(getattr(self, name), ERRORS_MARK, "surrogateescape")
         setattr(self, f"_{name}_errors", strategy)
         return strategy
-
-    def envfrom_bytes(self, *b: bytes) -> int:
-        """Decode what came with MAIL and call ``envfrom``.
-
-        Override it, or assign to it, to get bytes.
-
-        Args:
-            b: the sender and the ESMTP parameters.
-
-        Returns:
-            The verdict of ``envfrom``.
-        """
-        errors = self._envfrom_errors or self._errors_of("envfrom")
-        if errors in SPECIAL_STRATEGIES:
-            return self.envfrom(*_all_or_bytes(b, errors))
-        return self.envfrom(*[value.decode("utf-8", errors) for value in b])
-
-    def envrcpt_bytes(self, *b: bytes) -> int:
-        """Decode what came with RCPT and call ``envrcpt``.
-
-        Override it, or assign to it, to get bytes.
-
-        Args:
-            b: the recipient and the ESMTP parameters.
-
-        Returns:
-            The verdict of ``envrcpt``.
-        """
-        errors = self._envrcpt_errors or self._errors_of("envrcpt")
-        if errors in SPECIAL_STRATEGIES:
-            return self.envrcpt(*_all_or_bytes(b, errors))
-        return self.envrcpt(*[value.decode("utf-8", errors) for value in b])
-
-    def header_bytes(self, fld: str, val: bytes) -> int:
-        """Decode a header's value and call ``header``.
-
-        Override it, or assign to it (``self.header_bytes = self.header``), to get bytes.
-
-        Args:
-            fld: the header's name.
-            val: its value.
-
-        Returns:
-            The verdict of ``header``.
-        """
-        errors = self._header_errors or self._errors_of("header")
-        if errors in SPECIAL_STRATEGIES:
-            return self.header(fld, *_all_or_bytes((val,), errors))
-        return self.header(fld, val.decode("utf-8", errors))
 
     # Negotiation.
 
@@ -609,16 +562,6 @@ def callback_steps(owner: Any, names: Iterable[str] = OPTIONAL_CALLBACKS) -> int
     for name in names:
         steps |= _bound_steps(owner, name)
     return steps
-
-
-def _all_or_bytes(values: Sequence[bytes], errors: str) -> Sequence[Text]:
-    """All values as str, or all as bytes where one is not UTF-8 or bytes are wanted."""
-    if errors == "strict":
-        try:
-            return [value.decode() for value in values]
-        except UnicodeDecodeError:
-            pass
-    return values
 
 
 def _printable(text: str, encoding: str) -> str:

@@ -154,19 +154,13 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _prepare(name: str, where: FilterSocket, args: argparse.Namespace) -> None:
     """All that ``runmilter`` does before it opens the socket."""
-    registered = {}
-    for callback, function in _runner.CALLBACKS.items():
-        if callback in _runner._REGISTERED:
-            registered[callback] = function
-        else:
-            getattr(Milter.milter, f"set_{callback}_callback")(function)
     conn = f"fd:{where.number}" if where.kind == "fd" else where.libmilter
     Milter.setconn(conn)
     if args.timeout:
         Milter.settimeout(math.ceil(args.timeout))
     if args.drain_timeout is not None:
         Milter.set_drain_timeout(args.drain_timeout)
-    Milter.register(name, **registered)
+    _runner.register_callbacks(name)
 
 
 @contextlib.contextmanager

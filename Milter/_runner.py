@@ -115,7 +115,9 @@ def close_callback(ctx: milterContext) -> int:
     return verdict
 
 
-#: Each callback of the extension and the road from there to the filter object.
+#: Each callback of the extension and the road from there to the filter object. The functions
+#: that only pass their arguments on to a method are never run in a filter: the extension
+#: knows them (``_call_objects``) and calls the method itself.
 CALLBACKS: dict[str, Callable[..., Any]] = {
     "negotiate": lambda ctx, opts: Milter.negotiate_callback(ctx, opts),
     "connect": lambda ctx, *args: Milter.connect_callback(ctx, *args),
@@ -134,6 +136,19 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
 
 #: The callbacks that ``milter.register`` takes; the others have a function to set them.
 _REGISTERED = ("negotiate", "data", "unknown")
+
+
+def register_callbacks(name: str) -> None:
+    """Have the extension call the filter objects that ``Milter.factory`` makes.
+
+    Args:
+        name: the filter's name, for logs and error replies.
+    """
+    milter._call_objects(CALLBACKS)
+    for callback, function in CALLBACKS.items():
+        if callback not in _REGISTERED:
+            getattr(milter, f"set_{callback}_callback")(function)
+    milter.register(name, **{callback: CALLBACKS[callback] for callback in _REGISTERED})
 
 
 def runmilter(
@@ -163,14 +178,11 @@ def runmilter(
         milter.error: it cannot start or cannot go on; the message and the cause say why.
         ValueError: an argument is refused (such an error is also a ``milter.error``).
     """
-    for callback, function in CALLBACKS.items():
-        if callback not in _REGISTERED:
-            getattr(milter, f"set_{callback}_callback")(function)
     milter.setconn(socketname)
     if timeout:
         milter.settimeout(math.ceil(timeout))
     if drain_timeout is not None:
         milter.set_drain_timeout(drain_timeout)
-    milter.register(name, **{callback: CALLBACKS[callback] for callback in _REGISTERED})
+    register_callbacks(name)
     milter.opensocket(rmsock)
     milter.main()

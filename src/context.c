@@ -121,10 +121,12 @@ perform(ContextObject *self, const Action *action, void *operands)
 {
     const char *why;
     int result = MI_FAILURE;
+    bool in_turnstile = false;
     PyThreadState *saved = NULL;
 
     if (action->writes || pthread_mutex_trylock(&self->lock) != 0) {
         saved = PyEval_SaveThread();
+        in_turnstile = leave_turnstile();
         pthread_mutex_lock(&self->lock);
     }
     why = why_not(self, action);
@@ -132,7 +134,12 @@ perform(ContextObject *self, const Action *action, void *operands)
         result = action->run(self->handle, operands);
     }
     pthread_mutex_unlock(&self->lock);
-    if (saved != NULL) {
+    if (saved != NULL && in_turnstile) {
+        enter_turnstile();
+        PyEval_RestoreThread(saved);
+        pass_turnstile(OUTSIDE);
+    }
+    else if (saved != NULL) {
         PyEval_RestoreThread(saved);
     }
     if (result == MI_SUCCESS) {

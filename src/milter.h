@@ -74,8 +74,31 @@ enum stage {
     OUTSIDE = -1 /* no callback of this connection is running */
 };
 
+/* Names of Python objects that are looked up for each callback; interned once. */
+enum name {
+    ABORT_NAME,
+    BODY_NAME,
+    DATA_NAME,
+    ENVFROM_NAME,
+    ENVFROM_BYTES,
+    ENVFROM_ERRORS,
+    ENVRCPT_NAME,
+    ENVRCPT_BYTES,
+    ENVRCPT_ERRORS,
+    EOH_NAME,
+    EOM_NAME,
+    ERRORS_OF,
+    HEADER_NAME,
+    HEADER_BYTES,
+    HEADER_ERRORS,
+    HELLO_NAME,
+    UNKNOWN_NAME,
+    NAMES
+};
+
 typedef struct {
     const char *name;
+    enum name method;        /* of the filter object: see milter__call_objects() */
     unsigned long leave_out; /* P_NO*: the MTA need not send this step */
     unsigned long no_reply;  /* P_NR_*: the MTA does not wait for an answer */
     bool in_message;         /* belongs to one message, not to the connection */
@@ -88,7 +111,9 @@ typedef struct {
     PyObject *error;            /* milter.error */
     PyObject *invalid_argument; /* milter.InvalidArgument: an error and a ValueError */
     PyTypeObject *context_type;
+    PyObject *names[NAMES];
     PyObject *callbacks[STAGES]; /* NULL where none is set */
+    PyObject *shortcuts[STAGES]; /* see milter__call_objects() */
     PyObject *raised;            /* what main() raises when the filter has drained */
     char *name;                  /* as registered, for replies and reports */
     unsigned long flags;         /* set_flags() */
@@ -169,6 +194,7 @@ typedef struct {
 } LocalAddress;
 
 extern PyType_Spec context_spec;
+extern PyType_Spec decoder_spec;
 
 /* values.c: between C and Python, and the checks of arguments */
 void wake_main(void);
@@ -197,6 +223,19 @@ void end_message(ContextObject *context);
 void lock_context(ContextObject *context);
 void remember(const ContextObject *context);
 void recall(ContextObject *context, enum stage stage);
+
+/* turnstile.c: one after the other to the interpreter lock */
+#ifndef Py_GIL_DISABLED
+void enter_turnstile(void);
+unsigned pass_turnstile(int stage);
+bool leave_turnstile(void);
+void judge(enum stage stage, unsigned began);
+#else
+#define enter_turnstile() ((void)0)
+#define pass_turnstile(stage) 0U
+#define leave_turnstile() false
+#define judge(stage, began) ((void)(began))
+#endif
 
 /* context.c: the context object */
 ContextObject *new_context(module_state *state, SMFICTX *handle, enum stage stage);

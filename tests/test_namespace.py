@@ -96,7 +96,7 @@ def test_help_reads_well():
     text = pydoc.plain(pydoc.render_doc(Milter))
     for line in (
         "Mail filters (milters) for Postfix and sendmail, in Python.",
-        "class Base(builtins.object)",
+        "class Base(milter._Decoder)",
         "class DisabledAction(builtins.RuntimeError)",
         "runmilter(",
         "VERSION",
