@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""Measure filters under load: how much a message costs, in C and in Python.
+
+Subjects take turns in each round, in another order each time: the floor (a filter in C on
+libmilter), this project, pymilter 1.0.5 from PyPI, and this project with worker processes.
+Figures are medians over the rounds; ratios are medians of the ratios within a round, so that
+what disturbs a whole round does not count.
+
+scripts/bench makes the environments and calls this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, BenchError, Subject, Times, Workload, allow_many_files, build, measure
+from reporting import (
+    describe_machine,
+    describe_python,
+    draw,
+    evaluate_goals,
+    format_goals,
+    format_table,
+    update_docs,
+)
+
+CALM = 0.1  # cores that other processes may use during a measurement
+TRIES = 3  # measurements are repeated where they use more
+PARSE_ADDRESSES = 17  # what the regular expression of filters/parse.py finds in a message
+
+FULL = Times(warmup=0.5, duration=1.5)
+QUICK = Times(warmup=0.2, duration=0.5)
+
+
+def workloads(load: Path) -> list[Workload]:
+    """All that is measured, in the order of the table."""
+    message = subprocess.run([str(load), "--print-message"], capture_output=True, check=True).stdout
+    headers = 20
+    parsed = f"{headers} {PARSE_ADDRESSES} {hashlib.sha256(message).hexdigest()}"
+    big = 20 * 1000 * 1000
+    return [
+        *(
+            Workload("noop", "noop", transport, connections)
+            for transport in ("unix", "tcp")
+            for connections in (1, 4, 16, 64, 256)
+        ),
+        *(
+            Workload(
+                "parse",
+                "parse",
+                connections=connections,
+                load={"value": parsed},
+                subjects=("python", "workers"),
+            )
+            for connections in (1, 4, 16)
+        ),
+        Workload("block", "block", connections=32),
+        Workload("big", "big", connections=4, load={"body": big, "value": big}, stretch=2),
+        Workload("churn", "noop", connections=16, load={"per_connection": 1}),
+        Workload("idle", "noop", connections=1000, memory=True),
+    ]
+
+
+QUICK_KEYS = {
+    *("noop/unix/1", "noop/unix/16", "noop/unix/64", "noop/tcp/1", "noop/tcp/16"),
+    *("parse/unix/4", "block/unix/32", "big/unix/4", "churn/unix/16", "idle/unix/1000"),
+}
+
+
+def say(text: str) -> None:
+    """Progress, for those who wait."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+def parse_subject(text: str) -> Subject:
+    """``NAME=PYTHON`` or ``NAME=PYTHON,workers=N``."""
+    name, _, rest = text.partition("=")
+    python, _, workers = rest.partition(",workers=")
+    if not name or not python or (workers and not workers.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PYTHON[,workers=N]")
+    return Subject(name, python, int(workers) if workers else None)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a rough picture in less than two minutes")
+    add("--only", default="", help="workloads or parts of them: noop,parse or noop/unix/16")
+    add("--rounds", type=int, help="how often each subject has its turn (5; quick: 2)")
+    add("--seconds", type=float, help="length of a measurement (1.5; quick: 0.5)")
+    add(
+        "--subjects",
+        default="floor,ours,pymilter,workers",
+        help="which of the usual subjects take part (all: floor,ours,pymilter,workers)",
+    )
+    add(
+        "--subject",
+        type=parse_subject,
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON[,workers=N]",
+        help="a further subject: an interpreter that has a pymilter; may be given again",
+    )
+    add(
+        "--ours", default=sys.executable, metavar="PYTHON", help="the interpreter with this project"
+    )
+    add("--pymilter", metavar="PYTHON", help="the interpreter with pymilter 1.0.5")
+    add("--build", type=Path, default=ROOT / "build" / "benchmarks", help="where programs are put")
+    add("--from", dest="source", type=Path, metavar="FILE", help="take the results of this file")
+    add("--json", type=Path, metavar="FILE", help="write the results, each measurement of them")
+    add("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
+    add("--update-docs", action="store_true", help="put them into docs/performance.md")
+    add("--list", action="store_true", help="list the workloads")
+    chosen = parser.parse_args(arguments)
+    if chosen.rounds is not None and chosen.rounds < 1:
+        parser.error(f"--rounds {chosen.rounds}: at least 1")
+    if chosen.seconds is not None and not 0 < chosen.seconds <= 600:
+        parser.error(f"--seconds {chosen.seconds}: more than 0, at most 600")
+    return chosen
+
+
+def choose_subjects(chosen: argparse.Namespace) -> list[Subject]:
+    """The subjects that the command line asks for."""
+    known = {
+        "floor": Subject("floor"),
+        "ours": Subject("ours", chosen.ours),
+        "pymilter": Subject("pymilter", chosen.pymilter),
+        "workers": Subject("workers", chosen.ours, workers=2),
+    }
+    names = [name for name in chosen.subjects.split(",") if name]
+    for name in names:
+        if name not in known:
+            raise BenchError(f"--subjects {name}: none of {', '.join(known)}")
+        if name == "pymilter" and chosen.pymilter is None:
+            raise BenchError("--pymilter names no interpreter (scripts/bench makes one)")
+    subjects = [*(known[name] for name in names), *chosen.subject]
+    if len({subject.name for subject in subjects}) < len(subjects) or not subjects:
+        raise BenchError("subjects need names of their own, and there must be one at least")
+    return subjects
+
+
+def choose_workloads(every: list[Workload], chosen: argparse.Namespace) -> list[Workload]:
+    """The workloads that the command line asks for."""
+    parts = [part for part in chosen.only.split(",") if part]
+    for part in parts:
+        if not any(f"{workload.key}/".startswith(f"{part}/") for workload in every):
+            raise BenchError(f"--only {part}: no such workload (--list)")
+    if not parts:
+        return [one for one in every if not chosen.quick or one.key in QUICK_KEYS]
+    return [one for one in every if any(f"{one.key}/".startswith(f"{part}/") for part in parts)]
+
+
+# --- the rounds -------------------------------------------------------------------------------
+
+
+def measure_calmly(
+    subject: Subject, workload: Workload, programs: tuple[Path, Path], work: Path, times: Times
+) -> dict[str, Any]:
+    """Measure again where other processes took part of the machine; the calmest one counts."""
+    samples = []
+    for _ in range(TRIES):
+        samples.append(measure(subject, workload, programs, work, times))
+        if samples[-1].get("foreign_share", 0.0) <= CALM:
+            break
+    return min(samples, key=lambda sample: float(sample.get("foreign_share", 0.0)))
+
+
+def run_rounds(
+    plan: list[Workload],
+    subjects: list[Subject],
+    rounds: int,
+    programs: tuple[Path, Path],
+    times: Times,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Measure everything; returns the samples by workload and subject, and what failed."""
+    samples: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as work:
+        for number in range(rounds):
+            for place, workload in enumerate(plan):
+                fitting = [subject for subject in subjects if workload.suits(subject)]
+                turn = (number + place) % max(len(fitting), 1)
+                for subject in fitting[turn:] + fitting[:turn]:
+                    what = f"{workload.key} {subject.name}"
+                    if what in failures:
+                        continue
+                    begun = time.monotonic()
+                    try:
+                        sample = measure_calmly(subject, workload, programs, Path(work), times)
+                    except BenchError as exc:
+                        failures[what] = str(exc)
+                        say(f"{what}: {exc}")
+                        continue
+                    taken = samples.setdefault(workload.key, {}).setdefault(subject.name, {})
+                    taken[str(number)] = sample
+                    say(progress(number, rounds, workload, subject, sample, begun))
+    return samples, failures
+
+
+def progress(
+    number: int,
+    rounds: int,
+    workload: Workload,
+    subject: Subject,
+    sample: dict[str, Any],
+    begun: float,
+) -> str:
+    """One line about one measurement."""
+    if workload.memory:
+        result = f"{sample['rss'] / 1e6:9.1f} MB, {sample['rss_per_connection'] / 1e3:.1f} kB each"
+    else:
+        result = f"{sample['rate']:9.0f} messages/s"
+    disturbed = sample.get("foreign_share", 0.0) > CALM
+    note = f"  (disturbed: others used {sample['foreign_share']:.2f} cores)" if disturbed else ""
+    took = time.monotonic() - begun
+    head = f"[{number + 1}/{rounds}] {workload.key:16} {subject.name:12}"
+    return f"{head}{result}  {took:.1f} s{note}"
+
+
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for; returns all there is to report."""
+    programs = build(chosen.build)
+    plan = choose_workloads(workloads(programs[0]), chosen)
+    subjects = choose_subjects(chosen)
+    rounds = chosen.rounds or (2 if chosen.quick else 5)
+    times = QUICK if chosen.quick else FULL
+    if chosen.seconds is not None:
+        times = replace(times, duration=chosen.seconds)
+    versions = {s.name: describe_python(s.python) for s in subjects if s.python is not None}
+    begun = time.time()
+    samples, failures = run_rounds(plan, subjects, rounds, programs, times)
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
+        "machine": describe_machine(),
+        "subjects": [subject.name for subject in subjects],
+        "versions": versions,
+        "rounds": rounds,
+        "seconds": times.duration,
+        "samples": samples,
+        "failures": failures,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print the table; 1 where something could not be measured."""
+    chosen = parse_arguments(arguments)
+    try:
+        if chosen.list:
+            every = workloads(build(chosen.build)[0])
+            print("\n".join(workload.key for workload in every))
+            return 0
+        allow_many_files()
+        results = json.loads(chosen.source.read_text()) if chosen.source else run(chosen)
+        goals = evaluate_goals(results)
+        print(format_table(results))
+        print()
+        print(format_goals(goals))
+        if chosen.json:
+            chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+        if chosen.plot:
+            draw(results, chosen.plot)
+        if chosen.update_docs:
+            update_docs(ROOT / "docs" / "performance.md", results, goals)
+    except BenchError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    for what, why in results["failures"].items():
+        print(f"failed: {what}: {why}", file=sys.stderr)
+    return 1 if results["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
