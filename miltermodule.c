@@ -512,6 +512,7 @@ find_context(Call *call)
         if (context != NULL) {
             smfi_setpriv(call->handle, context);
             atomic_fetch_add(&filter.created, 1);
+            count_connection(1);
         }
     }
     return (ContextObject *)Py_XNewRef(context);
@@ -1603,6 +1604,12 @@ static PyMethodDef milter_functions[] = {
     {"_call_objects", milter__call_objects, METH_O, NULL},
     {"_close_gate", close_gate, METH_NOARGS, NULL},
     {"_after_fork_in_child", after_fork_in_child, METH_NOARGS, NULL},
+    {"_share_socket", share_socket, METH_VARARGS, NULL},
+    {"_become_worker", become_worker, METH_VARARGS, NULL},
+    {"_worker_gone", worker_gone, METH_O, NULL},
+    {"_stop_state", stop_state, METH_NOARGS, NULL},
+    {"_unique_id", unique_id, METH_NOARGS, NULL},
+    {"_last_unique_id", last_unique_id, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

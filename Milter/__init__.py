@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import milter
 from milter import *  # noqa: F403 - the extension's names belong to this namespace too
 
-from . import _runner
 from ._base import Base, DisabledAction, Milter, R
 from ._decorators import (
     decode,
@@ -106,7 +105,7 @@ else:
     def __getattr__(name):
         """Read what is not fixed when the package is imported."""
         if name == "_seq":
-            return _runner._seq
+            return milter._last_unique_id()
         if name == "__version__":
             globals()[name] = _find_version()
             return globals()[name]

@@ -20,22 +20,19 @@ if TYPE_CHECKING:
 
     from ._base import Address
 
-_seq_lock = threading.Lock()
-_seq = 0
+_seq_lock = threading.Lock()  # applications know it; the extension counts without it
 
 
 def uniqueID() -> int:
-    """Give out a number that no other call in this process got.
+    """Give out a number that no other call in this filter got.
 
-    Filters use it to tell connections apart in logs. It is safe in any thread.
+    Filters use it to tell connections apart in logs. It is safe in any thread, and the worker
+    processes of one filter, those that were started anew included, share one sequence.
 
     Returns:
         1 in the first call, then always one more.
     """
-    global _seq
-    with _seq_lock:
-        _seq += 1
-        return _seq
+    return milter._unique_id()
 
 
 def _new_filter(ctx: milterContext) -> Any:

@@ -33,6 +33,7 @@ forget_connection(ContextObject *context)
     pthread_mutex_unlock(&context->lock);
     smfi_setpriv(handle, NULL);
     atomic_fetch_add(&filter.deleted, 1);
+    count_connection(-1);
     if (atomic_load(&filter.draining)) {
         wake_main();
     }

@@ -118,6 +118,7 @@ static void *
 run_libmilter(void *Py_UNUSED(arg))
 {
     pthread_sigmask(SIG_SETMASK, &libmilter_mask, NULL);
+    be_listener();
     pthread_mutex_lock(&starting);
     pthread_mutex_unlock(&starting);
     atomic_store(&filter.result, smfi_main());
@@ -141,6 +142,7 @@ start_libmilter(module_state *state)
         sigdelset(&libmilter_mask, faults[i]);
     }
     prepare_parking(&libmilter_mask);
+    prepare_door(&libmilter_mask);
     pthread_sigmask(SIG_SETMASK, NULL, &filter.mask);
     pthread_attr_init(&attributes);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
@@ -224,6 +226,7 @@ after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
     atomic_store(&filter.gate_closed, true);
     atomic_store(&filter.inside, 0);
     atomic_store(&filter.forked, true);
+    forget_supervisor();
     Py_RETURN_NONE;
 }
 
@@ -277,6 +280,14 @@ warn_of_few_descriptors(void)
     }
 }
 
+/* Was the stop asked for in this process, by stop() or sys.exit()? */
+static bool
+stops_all(module_state *state)
+{
+    return !atomic_load(&filter.listener_ended) &&
+           (state->raised == NULL || PyErr_GivenExceptionMatches(state->raised, PyExc_SystemExit));
+}
+
 /* From opening the doors to an empty house. */
 int
 run_filter(module_state *state)
@@ -291,7 +302,9 @@ run_filter(module_state *state)
     filter.phase = RUNNING;
     started = start_libmilter(state);
     if (started == 0) {
+        begin_work();
         wait_until(state, stop_is_wanted, -1);
+        end_work(stops_all(state));
         drain(state);
     }
     return_wakeup_fd();

@@ -486,7 +486,8 @@ poke_listener(void)
 /* Put a socket that nobody connects to in the place of the one that libmilter listens on.  Its
  * poll() holds the old one until it returns, up to five seconds later, so that is shut down as
  * well: new connections are refused at once, and the port is free for a successor.  A socket
- * that was inherited is left as it is, since other processes may listen on it too. */
+ * that was inherited is left as it is, since other processes may listen on it too; so is that of
+ * a worker that stops alone. */
 void
 stop_listening(LocalAddress *local)
 {
@@ -498,7 +499,7 @@ stop_listening(LocalAddress *local)
         remove_unix_socket();
         return;
     }
-    old = filter.kind == INHERITED_SOCKET ? -1 : dup(filter.listener);
+    old = filter.kind == INHERITED_SOCKET || others_listen() ? -1 : dup(filter.listener);
     dummy = open_dummy_listener();
     if (dummy >= 0 && dup2(dummy, filter.listener) >= 0) {
         fcntl(filter.listener, F_SETFD, FD_CLOEXEC);

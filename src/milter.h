@@ -273,6 +273,21 @@ int hook_interpreter(PyObject *module, module_state *state);
 void warn_of_few_descriptors(void);
 int run_filter(module_state *state);
 
+/* workers.c: one filter as several processes */
+void prepare_door(sigset_t *mask);
+void be_listener(void);
+void count_connection(int change);
+bool others_listen(void);
+void begin_work(void);
+void end_work(bool for_all);
+void forget_supervisor(void);
+PyObject *share_socket(PyObject *module, PyObject *args);
+PyObject *become_worker(PyObject *module, PyObject *args);
+PyObject *worker_gone(PyObject *module, PyObject *value);
+PyObject *stop_state(PyObject *module, PyObject *Py_UNUSED(ignored));
+PyObject *unique_id(PyObject *module, PyObject *Py_UNUSED(ignored));
+PyObject *last_unique_id(PyObject *module, PyObject *Py_UNUSED(ignored));
+
 /* constants.c */
 int add_constants(PyObject *module);
 

@@ -1,0 +1,467 @@
+/* Worker processes: what the workers of one filter share, and who of them accepts.
+ *
+ * The processes are forked in Python (Milter/_workers.py) once the listening socket is open;
+ * each runs its own libmilter on the inherited descriptor.  Every libmilter would take what it
+ * can get, and the one that is awake gets the next connection too.  So each worker says in
+ * shared memory how many connections it has, and one that has more than its share stands
+ * back: the descriptor on which its libmilter listens is replaced by one that nobody can
+ * connect to.  A thread without Python, the porter, watches the socket meanwhile.  When
+ * something arrives and the worker's share has grown, the porter puts the descriptor back at
+ * once; when nobody else takes the connection, after PATIENCE.
+ *
+ * The porter also watches the lifeline, a pipe that only the supervisor holds the other end of:
+ * it comes to its end when the supervisor closes it, and when the supervisor dies.
+ */
+
+#include "milter.h"
+
+#include <sys/mman.h>
+
+#ifdef __linux__
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#endif
+
+#define MAX_WORKERS 512
+#define PATIENCE 3          /* ms that a connection waits for the worker whose turn it is */
+#define TOLERANCE 8         /* one connection in so many more than others have is no matter */
+#define PORTER_STACK 131072 /* bytes */
+
+typedef struct {
+    _Alignas(64) atomic_long connections;
+    atomic_bool serving;
+    atomic_bool slow; /* left a connection waiting, and has accepted none since */
+} Worker;
+
+typedef struct {
+    atomic_ulong numbers; /* given out by _unique_id() */
+    int count;
+    Worker workers[];
+} Crew;
+
+static atomic_ulong own_numbers;
+static atomic_ulong *numbers = &own_numbers;
+static Crew *crew;
+static Worker *me; /* NULL but in a worker */
+static pid_t supervisor;
+static int lifeline = -1; /* at its end when the supervisor wants us to stop, or is no more */
+static int report = -1;   /* to the supervisor */
+static atomic_bool lifeline_ended;
+
+/* The supervisor is gone, or wants us to be. */
+static void
+end_of_line(void)
+{
+    lifeline = -1;
+    atomic_store(&lifeline_ended, true);
+    atomic_store(&filter.stop_wanted, true);
+}
+
+/* ------------------------------------------------------ who accepts */
+
+static int dummy = -1; /* a socket that nobody can connect to */
+static int real = -1;  /* a duplicate of the listening socket, where the door is in use */
+static int bell[2] = {-1, -1};
+static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;
+static bool open_door = true; /* libmilter listens on the real socket; guarded by `door` */
+static atomic_bool leaving;   /* all is over: the door stays as it is */
+
+static bool
+has_too_many(void)
+{
+    long mine = atomic_load(&me->connections), least = LONG_MAX;
+
+    for (int i = 0; i < crew->count; i++) {
+        Worker *other = &crew->workers[i];
+        if (other != me && atomic_load(&other->serving) && !atomic_load(&other->slow)) {
+            least = Py_MIN(least, atomic_load(&other->connections));
+        }
+    }
+    return least != LONG_MAX && mine > least + least / TOLERANCE;
+}
+
+static void
+ring_porter(void)
+{
+    (void)!write(bell[1], "", 1);
+}
+
+#ifdef __linux__
+
+static int wake_signal;
+static atomic_long listener_task;
+
+static void
+no_action(int Py_UNUSED(number))
+{
+}
+
+/* The first real-time signal from the top for which there is no handler. */
+static int
+take_free_signal(void)
+{
+    struct sigaction current, action = {.sa_handler = no_action};
+
+    sigfillset(&action.sa_mask);
+    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
+        if (sigaction(number, NULL, &current) == 0 && current.sa_handler == SIG_DFL &&
+            sigaction(number, &action, NULL) == 0) {
+            return number;
+        }
+    }
+    return 0;
+}
+
+/* Before libmilter's threads start, which take over `mask`. */
+void
+prepare_door(sigset_t *mask)
+{
+    if (me == NULL || dummy < 0 || filter.listener < 0 || (wake_signal = take_free_signal()) == 0) {
+        return;
+    }
+    sigdelset(mask, wake_signal);
+    real = fcntl(filter.listener, F_DUPFD_CLOEXEC, 0);
+}
+
+/* libmilter's listener runs on this thread. */
+void
+be_listener(void)
+{
+    atomic_store(&listener_task, syscall(SYS_gettid));
+}
+
+/* Called with `door` locked.  libmilter may sleep in poll(), for up to five seconds, on what
+ * stood at the descriptor before: a signal ends that. */
+static void
+move_door(bool open)
+{
+    if (open == open_door || atomic_load(&leaving) ||
+        dup3(open ? real : dummy, filter.listener, O_CLOEXEC) < 0) {
+        return;
+    }
+    open_door = open;
+    if (!open) {
+        ring_porter();
+    }
+    else if (!atomic_load(&filter.listener_ended)) {
+        syscall(SYS_tgkill, getpid(), atomic_load(&listener_task), wake_signal);
+    }
+}
+
+#else
+
+void
+prepare_door(sigset_t *Py_UNUSED(mask))
+{
+}
+
+void
+be_listener(void)
+{
+}
+
+static void
+move_door(bool Py_UNUSED(open))
+{
+}
+
+#endif
+
+/* The number of connections, ours or another's, has changed.  Says whether the door is open. */
+static bool
+settle(void)
+{
+    bool open;
+
+    pthread_mutex_lock(&door);
+    move_door(!has_too_many());
+    open = open_door;
+    pthread_mutex_unlock(&door);
+    return open;
+}
+
+/* Nobody has taken what waits: let us do it, and not wait for the same workers again. */
+static void
+stand_in(void)
+{
+    long mine = atomic_load(&me->connections);
+
+    for (int i = 0; i < crew->count; i++) {
+        Worker *other = &crew->workers[i];
+        if (other != me && atomic_load(&other->connections) < mine) {
+            atomic_store(&other->slow, true);
+        }
+    }
+    pthread_mutex_lock(&door);
+    move_door(true);
+    pthread_mutex_unlock(&door);
+}
+
+static bool
+stands_back(void)
+{
+    bool closed;
+
+    pthread_mutex_lock(&door);
+    closed = !open_door;
+    pthread_mutex_unlock(&door);
+    return closed;
+}
+
+static bool
+is_readable(int fd)
+{
+    struct pollfd wait = {.fd = fd, .events = POLLIN};
+
+    return poll(&wait, 1, 0) > 0;
+}
+
+static void *
+be_porter(void *Py_UNUSED(arg))
+{
+    char bytes[64];
+
+    for (;;) {
+        struct pollfd wait[] = {{.fd = bell[0], .events = POLLIN},
+                                {.fd = lifeline, .events = POLLIN},
+                                {.fd = stands_back() ? real : -1, .events = POLLIN}};
+        poll(wait, 3, -1);
+        while (read(bell[0], bytes, sizeof bytes) > 0) {
+        }
+        if (wait[1].revents != 0) {
+            end_of_line();
+            wake_main();
+        }
+        if (wait[2].revents != 0 && !settle()) {
+            poll(wait, 2, PATIENCE);
+            if (is_readable(real)) {
+                stand_in();
+            }
+        }
+    }
+    return NULL;
+}
+
+static bool
+start_porter(void)
+{
+    sigset_t all, before;
+    pthread_attr_t attributes;
+    pthread_t thread;
+    int code;
+
+    if (pipe(bell) < 0) {
+        return false;
+    }
+    for (int i = 0; i < 2; i++) {
+        fcntl(bell[i], F_SETFL, O_NONBLOCK);
+        fcntl(bell[i], F_SETFD, FD_CLOEXEC);
+    }
+    sigfillset(&all);
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, PORTER_STACK);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    code = pthread_create(&thread, &attributes, be_porter, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return code == 0;
+}
+
+/* libmilter's descriptor is the listening socket again, for stop_listening(). */
+static void
+leave_the_door(void)
+{
+    pthread_mutex_lock(&door);
+    move_door(true);
+    atomic_store(&leaving, true);
+    pthread_mutex_unlock(&door);
+}
+
+/* A connection has come (1) or gone (-1). */
+void
+count_connection(int change)
+{
+    if (me == NULL || atomic_load(&filter.forked)) {
+        return;
+    }
+    atomic_fetch_add(&me->connections, change);
+    if (change > 0) {
+        atomic_store(&me->slow, false);
+    }
+    if (real >= 0) {
+        (void)settle();
+    }
+}
+
+/* ------------------------------------------------- worker and supervisor */
+
+static void
+tell_supervisor(char what)
+{
+    struct {
+        char what;
+        int pid;
+    } message = {.what = what, .pid = getpid()};
+
+    if (report >= 0) {
+        (void)!write(report, &message, sizeof message);
+    }
+}
+
+/* Is this process a worker whose listening socket others go on with? */
+bool
+others_listen(void)
+{
+    return me != NULL && !atomic_load(&lifeline_ended);
+}
+
+/* libmilter is there. */
+void
+begin_work(void)
+{
+    if (me == NULL) {
+        return;
+    }
+#ifdef __linux__
+    prctl(PR_SET_PDEATHSIG, 0); /* from here on we drain when the supervisor dies */
+#endif
+    if (!start_porter()) {
+        end_of_line();
+    }
+    atomic_store(&me->serving, true);
+    tell_supervisor('r');
+}
+
+/* This worker takes no more.  A stop that was asked for, by stop() or sys.exit(), is for all
+ * workers; a signal from outside, or a failure, is ours alone. */
+void
+end_work(bool for_all)
+{
+    if (me == NULL || atomic_load(&filter.forked)) {
+        return;
+    }
+    atomic_store(&me->serving, false);
+    leave_the_door();
+    if (for_all && !atomic_load(&lifeline_ended) && atomic_load(&filter.signal) == 0) {
+        tell_supervisor('s');
+    }
+}
+
+/* A child of a worker is none. */
+void
+forget_supervisor(void)
+{
+    me = NULL;
+    if (report >= 0) {
+        close(report);
+    }
+    if (lifeline >= 0) {
+        close(lifeline);
+    }
+    report = lifeline = -1;
+}
+
+/* _share_socket(count, dummy): in the supervisor, before the first fork. */
+PyObject *
+share_socket(PyObject *module, PyObject *args)
+{
+    module_state *state = PyModule_GetState(module);
+    int count, flags;
+    void *memory;
+
+    if (!PyArg_ParseTuple(args, "ii:_share_socket", &count, &dummy)) {
+        return NULL;
+    }
+    if (filter.phase != SOCKET_OPEN || crew != NULL || count < 1 || count > MAX_WORKERS) {
+        PyErr_SetString(state->error, "_share_socket: not now");
+        return NULL;
+    }
+    memory = mmap(NULL, sizeof(Crew) + (size_t)count * sizeof(Worker), PROT_READ | PROT_WRITE,
+                  MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+        raise_os_error(state, errno, "cannot share memory", "between workers", "");
+        return NULL;
+    }
+    /* Two workers may wake for a connection that only one of them gets. */
+    flags = fcntl(filter.listener, F_GETFL);
+    if (flags < 0 || fcntl(filter.listener, F_SETFL, flags | O_NONBLOCK) < 0) {
+        int code = errno;
+        munmap(memory, sizeof(Crew) + (size_t)count * sizeof(Worker));
+        raise_os_error(state, code, "cannot share", "the listening socket", "");
+        return NULL;
+    }
+    crew = memory;
+    crew->count = count;
+    atomic_store(&crew->numbers, atomic_load(numbers));
+    numbers = &crew->numbers;
+    supervisor = getpid();
+    Py_RETURN_NONE;
+}
+
+/* _become_worker(index, lifeline, report): in the child, after the fork.  The socket's path is
+ * the supervisor's to remove. */
+PyObject *
+become_worker(PyObject *module, PyObject *args)
+{
+    module_state *state = PyModule_GetState(module);
+    int index;
+
+    if (!PyArg_ParseTuple(args, "iii:_become_worker", &index, &lifeline, &report)) {
+        return NULL;
+    }
+    if (crew == NULL || index < 0 || index >= crew->count || getpid() == supervisor) {
+        PyErr_SetString(state->error, "_become_worker: no worker here");
+        return NULL;
+    }
+    free(filter.path);
+    filter.path = NULL;
+    me = &crew->workers[index];
+    atomic_store(&me->connections, 0);
+    atomic_store(&me->slow, false);
+#ifdef __linux__
+    /* While it prepares, nothing has begun that would have to end well. */
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+#endif
+    if (getppid() != supervisor) {
+        end_of_line();
+    }
+    Py_RETURN_NONE;
+}
+
+/* _worker_gone(index): in the supervisor, once the worker has ended. */
+PyObject *
+worker_gone(PyObject *Py_UNUSED(module), PyObject *value)
+{
+    long index = PyLong_AsLong(value);
+
+    if (index == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (crew != NULL && index >= 0 && index < crew->count) {
+        atomic_store(&crew->workers[index].serving, false);
+        atomic_store(&crew->workers[index].connections, 0);
+    }
+    Py_RETURN_NONE;
+}
+
+/* _stop_state(): (was stop() called?, the drain timeout, how long close callbacks may take) */
+PyObject *
+stop_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return Py_BuildValue("(Ndd)", PyBool_FromLong(atomic_load(&filter.stop_wanted)),
+                         filter.drain_seconds, CLOSE_SECONDS);
+}
+
+/* _unique_id(): a number that no process of this filter has given out before. */
+PyObject *
+unique_id(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLong(atomic_fetch_add(numbers, 1) + 1);
+}
+
+PyObject *
+last_unique_id(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyLong_FromUnsignedLong(atomic_load(numbers));
+}
