@@ -86,7 +86,8 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _negotiate(where: FilterSocket, timeout: float, wait: float) -> Negotiated:
-    address = _mta.parse_socket(where.postfix, postfix=True)
+    # Postfix's form does not tell IPv6 from IPv4 where the host is a name.
+    address = _mta.parse_socket(where.sendmail)
     with MTA.connect(address, offer=Offer(), timeout=timeout, wait_for=wait) as mta:
         return mta.negotiated
 

@@ -34,7 +34,11 @@ class Plain(Milter.Base):
 """
 
 
-def milter(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+# With -m, the working directory comes before the installed package.
+HERE = Path(__file__).parent
+
+
+def milter(*arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*python_command(), "-m", "Milter", *arguments],
         cwd=cwd,
@@ -45,7 +49,7 @@ def milter(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
     )
 
 
-def config(mta: str, where: str, *arguments: str, cwd: Path | None = None) -> str:
+def config(mta: str, where: str, *arguments: str, cwd: Path = HERE) -> str:
     done = milter("config", mta, "--name", "hello", "--socket", where, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -252,7 +256,7 @@ def test_check_a_filter(run_filter: Callable[..., Any]) -> None:
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     words = [*python_command(), "-m", "Milter", "config", "postfix", "--name", "a"]
     with subprocess.Popen(
-        [*words, "--socket", "/a/b"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*words, "--socket", "/a/b"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -268,6 +272,12 @@ def test_check_nobody(unix_socket: Callable[[], str]) -> None:
     done = milter("check", where, "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["answers"] is False
+
+
+def test_check_a_name_over_ipv6() -> None:
+    done = milter("check", "inet6:1@localhost")
+    assert done.returncode == 1
+    assert "inet6:1@" in done.stderr
 
 
 def test_check_something_else() -> None:

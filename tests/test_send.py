@@ -91,11 +91,16 @@ def message(tmp_path: Path) -> str:
     return str(path)
 
 
+# With -m, the working directory comes before the installed package.
+HERE = Path(__file__).parent
+
+
 def send(
     *arguments: str, stdin: bytes = b"", **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "Milter", "send", *arguments],
+        cwd=HERE,
         input=stdin,
         capture_output=True,
         timeout=WAIT * 3,
@@ -473,6 +478,7 @@ def test_bad_input_found_later(start: Start, message: str, arguments: list[str],
 def test_usage(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "Milter", *arguments],
+        cwd=HERE,
         capture_output=True,
         timeout=WAIT,
         check=False,
@@ -502,6 +508,7 @@ def test_a_reader_who_has_had_enough(start: Start, message: str) -> None:
     running = start(F_EOM=records(("bigbody", "1000000")))
     with subprocess.Popen(
         [sys.executable, "-m", "Milter", "send", running.address, message, "--wait", "20"],
+        cwd=HERE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
