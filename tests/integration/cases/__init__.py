@@ -5,9 +5,18 @@ from __future__ import annotations
 import time
 
 from integration.case import Case, Filter
-from integration.cases import bodies, envelope, headers, replies, sessions, steps, verdicts
+from integration.cases import (
+    bodies,
+    envelope,
+    headers,
+    portable,
+    replies,
+    sessions,
+    steps,
+    verdicts,
+)
 
-MODULES = (verdicts, replies, envelope, headers, bodies, steps, sessions)
+MODULES = (verdicts, replies, envelope, headers, bodies, steps, sessions, portable)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 _BY_NAME = {case.name: case for case in CASES}
