@@ -14,15 +14,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, BenchError, Subject, Times, Workload, allow_many_files, build, measure
+from measuring import (
+    ROOT,
+    BenchError,
+    Subject,
+    Times,
+    Workload,
+    allow_many_files,
+    build,
+    has_workers,
+    measure,
+)
 from reporting import (
     describe_machine,
     describe_python,
@@ -33,9 +45,8 @@ from reporting import (
     update_docs,
 )
 
-CALM = 0.1  # cores that other processes may use during a measurement
-TRIES = 3  # measurements are repeated where they use more
-PARSE_ADDRESSES = 17  # what the regular expression of filters/parse.py finds in a message
+TRIES = 3  # for a measurement that other processes disturb
+PARSE_ADDRESSES = 10  # what the regular expression of filters/parse.py finds in a message
 
 FULL = Times(warmup=0.5, duration=1.5)
 QUICK = Times(warmup=0.2, duration=0.5)
@@ -84,13 +95,21 @@ def say(text: str) -> None:
 # --- the command line -------------------------------------------------------------------------
 
 
+def interpreter(text: str) -> str:
+    """The path of an interpreter; filters run in another directory than this program."""
+    found = shutil.which(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no program")
+    return os.path.abspath(found)
+
+
 def parse_subject(text: str) -> Subject:
     """``NAME=PYTHON`` or ``NAME=PYTHON,workers=N``."""
     name, _, rest = text.partition("=")
     python, _, workers = rest.partition(",workers=")
     if not name or not python or (workers and not workers.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PYTHON[,workers=N]")
-    return Subject(name, python, int(workers) if workers else None)
+    return Subject(name, interpreter(python), int(workers) if workers else None)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -117,14 +136,37 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="a further subject: an interpreter that has a pymilter; may be given again",
     )
     add(
-        "--ours", default=sys.executable, metavar="PYTHON", help="the interpreter with this project"
+        "--ours",
+        type=interpreter,
+        default=sys.executable,
+        metavar="PYTHON",
+        help="the interpreter with this project (the one that runs this)",
     )
-    add("--pymilter", metavar="PYTHON", help="the interpreter with pymilter 1.0.5")
+    add(
+        "--pymilter",
+        type=interpreter,
+        metavar="PYTHON",
+        help="the interpreter with pymilter 1.0.5",
+    )
     add("--build", type=Path, default=ROOT / "build" / "benchmarks", help="where programs are put")
     add("--from", dest="source", type=Path, metavar="FILE", help="take the results of this file")
     add("--json", type=Path, metavar="FILE", help="write the results, each measurement of them")
     add("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
-    add("--update-docs", action="store_true", help="put them into docs/performance.md")
+    add(
+        "--update-docs",
+        type=Path,
+        nargs="?",
+        const=ROOT / "docs" / "performance.md",
+        metavar="PAGE",
+        help="put them into docs/performance.md",
+    )
+    add(
+        "--calm",
+        type=float,
+        default=0.1,
+        metavar="CORES",
+        help="measure again where other processes use more of the machine than this (0.1)",
+    )
     add("--list", action="store_true", help="list the workloads")
     chosen = parser.parse_args(arguments)
     if chosen.rounds is not None and chosen.rounds < 1:
@@ -168,24 +210,29 @@ def choose_workloads(every: list[Workload], chosen: argparse.Namespace) -> list[
 # --- the rounds -------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements have in common; ``calm``: see --calm."""
+
+    programs: tuple[Path, Path]
+    times: Times
+    calm: float
+
+
 def measure_calmly(
-    subject: Subject, workload: Workload, programs: tuple[Path, Path], work: Path, times: Times
+    subject: Subject, workload: Workload, setting: Setting, work: Path
 ) -> dict[str, Any]:
     """Measure again where other processes took part of the machine; the calmest one counts."""
     samples = []
     for _ in range(TRIES):
-        samples.append(measure(subject, workload, programs, work, times))
-        if samples[-1].get("foreign_share", 0.0) <= CALM:
+        samples.append(measure(subject, workload, setting.programs, work, setting.times))
+        if samples[-1].get("foreign_share", 0.0) <= setting.calm:
             break
     return min(samples, key=lambda sample: float(sample.get("foreign_share", 0.0)))
 
 
 def run_rounds(
-    plan: list[Workload],
-    subjects: list[Subject],
-    rounds: int,
-    programs: tuple[Path, Path],
-    times: Times,
+    plan: list[Workload], subjects: list[Subject], rounds: int, setting: Setting
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measure everything; returns the samples by workload and subject, and what failed."""
     samples: dict[str, Any] = {}
@@ -201,49 +248,50 @@ def run_rounds(
                         continue
                     begun = time.monotonic()
                     try:
-                        sample = measure_calmly(subject, workload, programs, Path(work), times)
+                        sample = measure_calmly(subject, workload, setting, Path(work))
                     except BenchError as exc:
                         failures[what] = str(exc)
                         say(f"{what}: {exc}")
                         continue
                     taken = samples.setdefault(workload.key, {}).setdefault(subject.name, {})
                     taken[str(number)] = sample
-                    say(progress(number, rounds, workload, subject, sample, begun))
+                    took = time.monotonic() - begun
+                    where = f"[{number + 1}/{rounds}] {workload.key:16} {subject.name:12}"
+                    say(f"{where}{describe_sample(sample, setting.calm)}  {took:.1f} s")
     return samples, failures
 
 
-def progress(
-    number: int,
-    rounds: int,
-    workload: Workload,
-    subject: Subject,
-    sample: dict[str, Any],
-    begun: float,
-) -> str:
-    """One line about one measurement."""
-    if workload.memory:
-        result = f"{sample['rss'] / 1e6:9.1f} MB, {sample['rss_per_connection'] / 1e3:.1f} kB each"
-    else:
-        result = f"{sample['rate']:9.0f} messages/s"
-    disturbed = sample.get("foreign_share", 0.0) > CALM
-    note = f"  (disturbed: others used {sample['foreign_share']:.2f} cores)" if disturbed else ""
-    took = time.monotonic() - begun
-    head = f"[{number + 1}/{rounds}] {workload.key:16} {subject.name:12}"
-    return f"{head}{result}  {took:.1f} s{note}"
+def describe_sample(sample: dict[str, Any], calm: float) -> str:
+    """A few words on a measurement that was just made."""
+    if "rss" in sample:
+        each = sample["rss_per_connection"] / 1e3
+        return f"{sample['rss'] / 1e6:9.1f} MB, {each:.1f} kB each"
+    others = sample["foreign_share"]
+    note = f" (disturbed: others used {others:.2f} cores)" if others > calm else ""
+    return f"{sample['rate']:9.0f} messages/s{note}"
+
+
+def able(subject: Subject) -> bool:
+    """Whether the subject can run as it is meant to; says so where it cannot."""
+    if subject.workers is None or has_workers(str(subject.python)):
+        return True
+    say(f"{subject.name} is left out: its runmilter() has no workers")
+    return False
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; returns all there is to report."""
     programs = build(chosen.build)
     plan = choose_workloads(workloads(programs[0]), chosen)
-    subjects = choose_subjects(chosen)
+    subjects = [subject for subject in choose_subjects(chosen) if able(subject)]
     rounds = chosen.rounds or (2 if chosen.quick else 5)
     times = QUICK if chosen.quick else FULL
     if chosen.seconds is not None:
         times = replace(times, duration=chosen.seconds)
     versions = {s.name: describe_python(s.python) for s in subjects if s.python is not None}
     begun = time.time()
-    samples, failures = run_rounds(plan, subjects, rounds, programs, times)
+    setting = Setting(programs, times, chosen.calm)
+    samples, failures = run_rounds(plan, subjects, rounds, setting)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
         "machine": describe_machine(),
@@ -275,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.plot:
             draw(results, chosen.plot)
         if chosen.update_docs:
-            update_docs(ROOT / "docs" / "performance.md", results, goals)
+            update_docs(chosen.update_docs, results, goals)
     except BenchError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

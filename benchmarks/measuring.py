@@ -126,6 +126,15 @@ def build(directory: Path) -> tuple[Path, Path]:
     return directory / "load", directory / "floor"
 
 
+def has_workers(python: str) -> bool:
+    """Whether that interpreter's pymilter knows worker processes."""
+    program = (
+        "import inspect, Milter, sys;"
+        "sys.exit('workers' not in inspect.signature(Milter.runmilter).parameters)"
+    )
+    return subprocess.run([python, "-c", program], cwd="/", check=False).returncode == 0
+
+
 # --- a filter ---------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import BenchError
+
 Results = dict[str, Any]
 
 BEGIN = "<!-- benchmark: made by scripts/bench --update-docs, not by hand -->"
@@ -259,7 +261,7 @@ def goal_rows(goals: Sequence[Goal]) -> list[Row]:
         [
             goal.text,
             f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}",
-            shown(goal.figure, ".2f"),
+            shown(goal.figure, ".3f"),
             goal.verdict,
         ]
         for goal in goals
@@ -342,12 +344,12 @@ def update_docs(page: Path, results: Results, goals: Sequence[Goal]) -> None:
     """Put the section in its place between the markers.
 
     Raises:
-        ValueError: the page has no such place.
+        BenchError: the page has no such place.
     """
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page}: lacks {BEGIN} or, after it, {END}")
+        raise BenchError(f"{page}: lacks {BEGIN} or, after it, {END}")
     page.write_text(f"{before}{BEGIN}\n\n{page_section(results, goals)}\n\n{END}{after}")
 
 
