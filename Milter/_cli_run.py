@@ -20,7 +20,7 @@ from types import FrameType
 
 import Milter
 
-from . import _runner
+from . import _runner, _workers
 from ._cli_common import (
     EXIT_ERROR,
     EXIT_OK,
@@ -52,6 +52,9 @@ starts this and --user may be able to replace what is in it.
 SIGTERM, SIGINT and SIGHUP stop the filter: no new messages are taken, those in
 progress may end.  Where systemd set NOTIFY_SOCKET it is told READY=1 and
 STOPPING=1, and WATCHDOG=1 at half the interval of WATCHDOG_USEC.
+
+With --workers the processes are forked once the socket is open and root was given
+up.  The first one supervises: it starts anew those that die, and tells systemd.
 
 exit status:
   0  it was stopped
@@ -95,6 +98,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="how long messages in progress may take after a stop (30)",
     )
     parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=_workers_argument,
+        default=1,
+        help="how many processes serve; 0 is one per core (%(default)s)",
+    )
+    parser.add_argument(
         "--log-level", choices=_LEVELS, default="info", help="on standard error (%(default)s)"
     )
 
@@ -109,9 +119,16 @@ def _mode(text: str) -> int:
 _mode.__name__ = "octal mode between 0 and 0777"
 
 
+def _workers_argument(text: str) -> int:
+    return _workers.worker_count(int(text))
+
+
+_workers_argument.__name__ = f"number from 0 to {_workers.MAX_WORKERS}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit status."""
-    _set_up_logging(args.log_level)
+    _set_up_logging(args.log_level, several=args.workers > 1)
     try:
         _serve(args)
     except CommandError as exc:
@@ -136,20 +153,60 @@ def _serve(args: argparse.Namespace) -> None:
         _check_nobody_listens(where)
     notifier = Notifier()
     _prepare(name, where, args)
-    with _stopping_on_signals(notifier):
-        _open(where, args.mode, user, group)
-        try:
-            if user is not None:
-                _become(user)
-            _say_what_is_open(where, user)
-            _log.info("%s serves on %s", name, where.libmilter)
-            notifier.ready(f"serving on {where.libmilter}")
-        except BaseException:
-            _shut()
-            raise
-        Milter.main()
+    if args.workers > 1:
+        _serve_with_workers(name, where, args, user, group, notifier)
+    else:
+        with _stopping_on_signals(notifier):
+            _open_for(where, args.mode, user, group)
+            try:
+                _log.info("%s serves on %s", name, where.libmilter)
+                notifier.ready(f"serving on {where.libmilter}")
+            except BaseException:
+                _shut()
+                raise
+            Milter.main()
     _log.info("%s has stopped", name)
     notifier.close()
+
+
+def _serve_with_workers(
+    name: str,
+    where: FilterSocket,
+    args: argparse.Namespace,
+    user: pwd.struct_passwd | None,
+    group: grp.struct_group | None,
+    notifier: Notifier,
+) -> None:
+    def tell_that_all_serve() -> None:
+        _log.info("%s serves on %s with %d workers", name, where.libmilter, args.workers)
+        notifier.ready(f"serving on {where.libmilter} with {args.workers} workers", feed=False)
+
+    _workers.check_threads()
+    _open_for(where, args.mode, user, group)
+    _workers.supervise(
+        args.workers,
+        on_ready=tell_that_all_serve,
+        on_stop=notifier.stopping,
+        on_beat=notifier.alive,
+        beat=notifier.interval,
+    )
+
+
+def _open_for(
+    where: FilterSocket,
+    mode: int | None,
+    user: pwd.struct_passwd | None,
+    group: grp.struct_group | None,
+) -> None:
+    """Open the socket, and be root no more."""
+    _open(where, mode, user, group)
+    try:
+        if user is not None:
+            _become(user)
+        _say_what_is_open(where, user)
+    except BaseException:
+        _shut()
+        raise
 
 
 def _prepare(name: str, where: FilterSocket, args: argparse.Namespace) -> None:
@@ -197,12 +254,15 @@ class _JournalFormatter(logging.Formatter):
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).split("\n"))
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up_logging(level: str, several: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     if in_journal():
         handler.setFormatter(_JournalFormatter("%(name)s: %(message)s"))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        process = "[%(process)d] " if several else ""
+        handler.setFormatter(
+            logging.Formatter(f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s")
+        )
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 

@@ -155,6 +155,8 @@ def runmilter(
     rmsock: bool = True,
     *,
     drain_timeout: float | None = None,
+    workers: int = 1,
+    worker_init: Callable[[], object] | None = None,
 ) -> None:
     """Run the filter: open its socket, serve the MTA, return when stopped.
 
@@ -170,11 +172,29 @@ def runmilter(
         rmsock: whether a unix socket that is left over at that path may be removed.
         drain_timeout: how many seconds messages in progress may take after a stop; None
             keeps the 30 s of the extension.
+        workers: how many processes serve; 0 means one for each core that this process may
+            use, 1 means this process itself. With more, this process forks and supervises
+            them: it starts anew those that die, has all stop when it is stopped, and returns
+            when they have. The program around this call runs on here only.
+        worker_init: called without arguments in each worker before its first connection, to
+            open what cannot be shared with other processes (databases, threads). What it
+            raises ends the worker.
 
     Raises:
-        milter.error: it cannot start or cannot go on; the message and the cause say why.
+        milter.error: it cannot start or cannot go on; the message and the cause say why. With
+            workers also where other threads run, where workers die at once time and again,
+            and, after a stop, where one had to be killed or crashed.
+        TypeError: ``workers`` is no int, or ``worker_init`` cannot be called.
         ValueError: an argument is refused (such an error is also a ``milter.error``).
     """
+    from . import _workers
+
+    count = _workers.worker_count(workers)
+    _workers.check_worker_init(worker_init)
+    if count > 1:
+        _workers.check_threads()
+    elif worker_init is not None:
+        worker_init()
     milter.setconn(socketname)
     if timeout:
         milter.settimeout(math.ceil(timeout))
@@ -182,4 +202,7 @@ def runmilter(
         milter.set_drain_timeout(drain_timeout)
     register_callbacks(name)
     milter.opensocket(rmsock)
-    milter.main()
+    if count > 1:
+        _workers.supervise(count, worker_init)
+    else:
+        milter.main()

@@ -45,10 +45,22 @@ class Notifier:
         except OSError as exc:
             _log.warning("cannot notify systemd (%s): %s", state, exc.strerror)
 
-    def ready(self, status: str) -> None:
-        """The service serves from now on; the watchdog is fed where one is asked for."""
+    @property
+    def interval(self) -> float | None:
+        """How often :meth:`alive` is to be called, in seconds, or None where nobody asks."""
+        return self._interval if self._socket is not None else None
+
+    def alive(self) -> None:
+        """Feed the watchdog."""
+        self.notify("WATCHDOG=1")
+
+    def ready(self, status: str, feed: bool = True) -> None:
+        """The service serves from now on; the watchdog is fed where one is asked for.
+
+        :param feed: by a thread; without it the caller does so, with :meth:`alive`.
+        """
         self.notify(f"READY=1\nSTATUS={status}")
-        if self._socket is not None and self._interval is not None:
+        if feed and self.interval is not None:
             # A thread that needs the interpreter: when callbacks keep hold of that, no sign of
             # life goes out.
             self._thread = threading.Thread(target=self._feed, name="watchdog", daemon=True)
@@ -57,7 +69,7 @@ class Notifier:
     def _feed(self) -> None:
         assert self._interval is not None
         while True:
-            self.notify("WATCHDOG=1")
+            self.alive()
             if self._end.wait(self._interval):
                 return
 

@@ -487,12 +487,15 @@ poke_listener(void)
  * poll() holds the old one until it returns, up to five seconds later, so that is shut down as
  * well: new connections are refused at once, and the port is free for a successor.  A socket
  * that was inherited is left as it is, since other processes may listen on it too; so is that of
- * a worker that stops alone. */
+ * several workers. */
 void
 stop_listening(LocalAddress *local)
 {
     int dummy, old;
 
+    if (leave_socket(local)) {
+        return;
+    }
     local->size = sizeof local->name;
     if (atomic_load(&filter.listener_ended) || filter.listener < 0 ||
         getsockname(filter.listener, (struct sockaddr *)&local->name, &local->size) < 0) {
@@ -504,6 +507,7 @@ stop_listening(LocalAddress *local)
     if (dummy >= 0 && dup2(dummy, filter.listener) >= 0) {
         fcntl(filter.listener, F_SETFD, FD_CLOEXEC);
         shutdown(old, SHUT_RD);
+        wake_listener();
     }
     remove_unix_socket(); /* while our socket lives, nobody else has its inode */
     if (dummy >= 0) {

@@ -278,6 +278,8 @@ void prepare_door(sigset_t *mask);
 void be_listener(void);
 void count_connection(int change);
 bool others_listen(void);
+bool leave_socket(LocalAddress *local);
+void wake_listener(void);
 void begin_work(void);
 void end_work(bool for_all);
 void forget_supervisor(void);

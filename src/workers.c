@@ -59,12 +59,12 @@ end_of_line(void)
 
 /* ------------------------------------------------------ who accepts */
 
-static int dummy = -1; /* a socket that nobody can connect to */
-static int real = -1;  /* a duplicate of the listening socket, where the door is in use */
+static int dummy = -1;       /* a socket that nobody can connect to */
+static atomic_int real = -1; /* a duplicate of the listening socket, while the door is in use */
+static LocalAddress address; /* of the listening socket */
 static int bell[2] = {-1, -1};
 static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;
 static bool open_door = true; /* libmilter listens on the real socket; guarded by `door` */
-static atomic_bool leaving;   /* all is over: the door stays as it is */
 
 static bool
 has_too_many(void)
@@ -91,6 +91,15 @@ ring_porter(void)
 static int wake_signal;
 static atomic_long listener_task;
 
+/* libmilter sleeps in poll(), for up to five seconds, on what stood at the descriptor before. */
+void
+wake_listener(void)
+{
+    if (wake_signal != 0 && !atomic_load(&filter.listener_ended)) {
+        syscall(SYS_tgkill, getpid(), atomic_load(&listener_task), wake_signal);
+    }
+}
+
 static void
 no_action(int Py_UNUSED(number))
 {
@@ -116,11 +125,15 @@ take_free_signal(void)
 void
 prepare_door(sigset_t *mask)
 {
-    if (me == NULL || dummy < 0 || filter.listener < 0 || (wake_signal = take_free_signal()) == 0) {
+    if (me == NULL || filter.listener < 0 || (wake_signal = take_free_signal()) == 0) {
         return;
     }
     sigdelset(mask, wake_signal);
-    real = fcntl(filter.listener, F_DUPFD_CLOEXEC, 0);
+    address.size = sizeof address.name;
+    if (dummy >= 0 &&
+        getsockname(filter.listener, (struct sockaddr *)&address.name, &address.size) == 0) {
+        atomic_store(&real, fcntl(filter.listener, F_DUPFD_CLOEXEC, 0));
+    }
 }
 
 /* libmilter's listener runs on this thread. */
@@ -130,25 +143,31 @@ be_listener(void)
     atomic_store(&listener_task, syscall(SYS_gettid));
 }
 
-/* Called with `door` locked.  libmilter may sleep in poll(), for up to five seconds, on what
- * stood at the descriptor before: a signal ends that. */
+/* Called with `door` locked. */
 static void
 move_door(bool open)
 {
-    if (open == open_door || atomic_load(&leaving) ||
-        dup3(open ? real : dummy, filter.listener, O_CLOEXEC) < 0) {
+    int socket = atomic_load(&real);
+
+    if (open == open_door || socket < 0 ||
+        dup3(open ? socket : dummy, filter.listener, O_CLOEXEC) < 0) {
         return;
     }
     open_door = open;
-    if (!open) {
-        ring_porter();
+    if (open) {
+        wake_listener();
     }
-    else if (!atomic_load(&filter.listener_ended)) {
-        syscall(SYS_tgkill, getpid(), atomic_load(&listener_task), wake_signal);
+    else {
+        ring_porter();
     }
 }
 
 #else
+
+void
+wake_listener(void)
+{
+}
 
 void
 prepare_door(sigset_t *Py_UNUSED(mask))
@@ -216,6 +235,27 @@ is_readable(int fd)
     return poll(&wait, 1, 0) > 0;
 }
 
+/* For good: this process has no more to do with the listening socket, which lives on where
+ * others have it.  It must not be shut down: libmilter would take that for a failure, and cut
+ * messages in progress. */
+static bool
+close_the_door(void)
+{
+    bool closed;
+    int socket;
+
+    pthread_mutex_lock(&door);
+    move_door(false);
+    closed = !open_door;
+    socket = atomic_exchange(&real, -1);
+    pthread_mutex_unlock(&door);
+    if (socket >= 0) {
+        close(socket);
+        wake_listener();
+    }
+    return closed;
+}
+
 static void *
 be_porter(void *Py_UNUSED(arg))
 {
@@ -224,17 +264,18 @@ be_porter(void *Py_UNUSED(arg))
     for (;;) {
         struct pollfd wait[] = {{.fd = bell[0], .events = POLLIN},
                                 {.fd = lifeline, .events = POLLIN},
-                                {.fd = stands_back() ? real : -1, .events = POLLIN}};
+                                {.fd = stands_back() ? atomic_load(&real) : -1, .events = POLLIN}};
         poll(wait, 3, -1);
         while (read(bell[0], bytes, sizeof bytes) > 0) {
         }
         if (wait[1].revents != 0) {
             end_of_line();
+            close_the_door();
             wake_main();
         }
         if (wait[2].revents != 0 && !settle()) {
             poll(wait, 2, PATIENCE);
-            if (is_readable(real)) {
+            if (is_readable(atomic_load(&real))) {
                 stand_in();
             }
         }
@@ -268,16 +309,6 @@ start_porter(void)
     return code == 0;
 }
 
-/* libmilter's descriptor is the listening socket again, for stop_listening(). */
-static void
-leave_the_door(void)
-{
-    pthread_mutex_lock(&door);
-    move_door(true);
-    atomic_store(&leaving, true);
-    pthread_mutex_unlock(&door);
-}
-
 /* A connection has come (1) or gone (-1). */
 void
 count_connection(int change)
@@ -289,7 +320,7 @@ count_connection(int change)
     if (change > 0) {
         atomic_store(&me->slow, false);
     }
-    if (real >= 0) {
+    if (atomic_load(&real) >= 0) {
         (void)settle();
     }
 }
@@ -309,11 +340,22 @@ tell_supervisor(char what)
     }
 }
 
-/* Is this process a worker whose listening socket others go on with? */
+/* Are there, besides this process, others with its listening socket? */
 bool
 others_listen(void)
 {
-    return me != NULL && !atomic_load(&lifeline_ended);
+    return crew != NULL;
+}
+
+/* In a worker, stop listening and say where we did.  False where that is to be done otherwise. */
+bool
+leave_socket(LocalAddress *local)
+{
+    if (me == NULL || !close_the_door()) {
+        return false;
+    }
+    *local = address;
+    return true;
 }
 
 /* libmilter is there. */
@@ -342,7 +384,6 @@ end_work(bool for_all)
         return;
     }
     atomic_store(&me->serving, false);
-    leave_the_door();
     if (for_all && !atomic_load(&lifeline_ended) && atomic_load(&filter.signal) == 0) {
         tell_supervisor('s');
     }

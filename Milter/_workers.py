@@ -1,0 +1,558 @@
+"""Serve with several processes: the supervisor, and what a worker does around ``main()``.
+
+The listening socket is opened once, here; each worker is forked from this process and runs its
+own libmilter on the inherited descriptor. The supervisor has no thread but its own, holds the
+other end of each worker's lifeline, and waits: for a worker to end, a signal, or a stop.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import logging
+import operator
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import milter
+
+_log = logging.getLogger("milter.workers")
+
+MAX_WORKERS = 512
+
+#: A worker that serves for less than this many seconds has "died at once".
+QUICK = 2.0
+#: Seconds to wait before a worker is started anew after so many such deaths; then the last.
+PAUSES = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+#: So many such deaths in a row are too many where no other worker serves.
+TOO_MANY = 5
+#: Seconds that a worker may take, beyond the drain timeout, until it is killed.
+GRACE = 3.0
+#: Seconds between looks at the workers where the system does not tell of their end.
+LOOK = 0.1
+
+#: Asks a process to end, if it has no handler of its own.
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Where the application handles these, its handler runs in the workers too.
+_PASSED_ON = (*_STOPS, signal.SIGUSR1, signal.SIGUSR2)
+
+#: What a worker reports: 'r', it is ready, or 's', it was told to stop the filter; and its pid.
+_REPORT = struct.Struct("@ci")
+
+
+def worker_count(workers: object) -> int:
+    """How many processes ``workers=`` stands for; 0 is one per core that this process may use.
+
+    Raises:
+        TypeError: it is no int.
+        milter.InvalidArgument: it is negative or too high.
+    """
+    if isinstance(workers, bool):
+        raise TypeError(f"workers must be an int, not {workers!r}")
+    try:
+        count = operator.index(workers)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"workers must be an int, not {workers!r}") from None
+    if not 0 <= count <= MAX_WORKERS:
+        raise milter.InvalidArgument(
+            f"workers must be from 0 (one per core) to {MAX_WORKERS}, not {workers!r}"
+        )
+    if count == 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        count = min(cores or 1, MAX_WORKERS)
+    return count
+
+
+def check_worker_init(worker_init: object) -> None:
+    """Raise TypeError where ``worker_init=`` is neither None nor callable."""
+    if worker_init is not None and not callable(worker_init):
+        raise TypeError(f"worker_init must be callable or None, not {worker_init!r}")
+
+
+def check_threads() -> None:
+    """Refuse to fork a process in which other threads run.
+
+    A thread is not in the child, but the locks that it held at that moment are, for good.
+
+    Raises:
+        milter.error: there are such threads; it names them.
+    """
+    names = [repr(each.name) for each in threading.enumerate() if each is not _this_thread()]
+    deadline = time.monotonic() + 1
+    while not names:
+        try:
+            tasks = os.listdir("/proc/self/task")
+        except OSError:
+            return
+        if len(tasks) <= 1:
+            return
+        if time.monotonic() > deadline:
+            names = [_task_name(task) for task in tasks if int(task) != os.getpid()]
+        time.sleep(0.005)  # a thread that was joined may still be on its way out
+    raise milter.error(
+        f"workers cannot be forked while other threads run ({', '.join(names)}): "
+        "start threads in worker_init, or use workers=1"
+    )
+
+
+def _this_thread() -> threading.Thread:
+    return threading.current_thread()
+
+
+def _task_name(task: str) -> str:
+    try:
+        with open(f"/proc/self/task/{task}/comm", encoding="utf-8", errors="replace") as file:
+            return f"{file.read().strip()!r}, not of Python"
+    except OSError:
+        return f"task {task}"
+
+
+def supervise(
+    count: int,
+    worker_init: Callable[[], object] | None = None,
+    *,
+    on_ready: Callable[[], object] | None = None,
+    on_stop: Callable[[], object] | None = None,
+    on_beat: Callable[[], object] | None = None,
+    beat: float | None = None,
+) -> None:
+    """Serve on the open socket with so many processes; returns when all have ended.
+
+    Args:
+        count: how many.
+        worker_init: called in each worker before it serves.
+        on_ready: called here once, when all serve.
+        on_stop: called here once, when they are about to be stopped.
+        on_beat: called here every ``beat`` seconds once all serve.
+        beat: see there; None means never.
+
+    Raises:
+        milter.error: the workers die at once, again and again; or one did not end well when
+            all were stopped.
+        SystemExit: ``sys.exit()`` was called in a callback.
+    """
+    _Supervisor(count, worker_init, on_ready, on_stop, on_beat, beat).run()
+
+
+class _Worker:
+    """A place for a worker process, and the process that has it now."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0  # 0: there is none
+        self.pidfd = -1
+        self.lifeline = -1
+        self.ready_at: float | None = None
+        self.failures = 0  # deaths at once, in a row
+        self.due = 0.0  # when to start the next
+        self.asked_to_stop = False  # it asked for the filter's stop
+        self.was_killed = False
+
+    def __str__(self) -> str:
+        return f"worker {self.number + 1} (pid {self.pid})"
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        count: int,
+        worker_init: Callable[[], object] | None,
+        on_ready: Callable[[], object] | None,
+        on_stop: Callable[[], object] | None,
+        on_beat: Callable[[], object] | None,
+        beat: float | None,
+    ) -> None:
+        self._workers = [_Worker(number) for number in range(count)]
+        self._worker_init = worker_init
+        self._on_ready = on_ready
+        self._on_stop = on_stop
+        self._on_beat = on_beat
+        self._beat = beat
+        self._next_beat: float | None = None
+        self._all_were_ready = False
+        self._stop = False
+        self._stopping = False
+        self._deadline = 0.0
+        self._troubles: list[str] = []  # what did not end well
+        self._raised: BaseException | None = None
+        self._handlers: dict[int, Any] = {}
+        self._wakeup = self._reports = (-1, -1)
+        self._wakeup_before = -1
+
+    # --- from start to end -----------------------------------------------------------------
+
+    def run(self) -> None:
+        with contextlib.ExitStack() as stack:
+            try:
+                check_threads()
+                self._prepare(stack)
+            except BaseException:
+                _close_socket()
+                raise
+            while not self._has_ended():
+                try:
+                    self._turn()
+                except BaseException as exc:  # noqa: BLE001 - raised when all have ended
+                    self._raised = self._raised or exc
+                    self._stop = True
+        if self._raised is not None:
+            raise self._raised
+        if self._troubles:
+            raise milter.error("the filter did not stop well: " + "; ".join(self._troubles))
+
+    def _prepare(self, stack: contextlib.ExitStack) -> None:
+        # What stands now is in all the workers: keep the garbage collector from writing to it.
+        if gc.get_freeze_count() == 0:
+            gc.collect()
+            gc.freeze()
+            stack.callback(gc.unfreeze)
+        dummy = _unreachable_socket()
+        if dummy is not None:
+            stack.callback(dummy.close)
+        milter._share_socket(len(self._workers), -1 if dummy is None else dummy.fileno())
+        self._reports = _pipe(stack)
+        self._wakeup = _pipe(stack)
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+        stack.callback(signal.set_wakeup_fd, self._wakeup_before)
+        for number in _STOPS:
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                self._handlers[number] = handler
+                signal.signal(number, self._on_signal)
+        stack.callback(self._restore_handlers)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._stop = True
+
+    def _has_ended(self) -> bool:
+        return self._stopping and not any(worker.pid for worker in self._workers)
+
+    def _turn(self) -> None:
+        """Do what is due, then wait for news."""
+        self._read_reports()
+        for worker in self._workers:
+            if worker.pid:
+                self._reap(worker)
+        self._stop = self._stop or milter._stop_state()[0]
+        if self._stop and not self._stopping:
+            self._begin_to_stop()
+        now = time.monotonic()
+        if self._stopping:
+            self._kill_late_ones(now)
+        else:
+            for worker in self._workers:
+                if not worker.pid and worker.due <= now:
+                    self._start(worker)
+            self._tell_of_life(now)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Sleep until something happens or is due."""
+        if self._has_ended() or (self._stop and not self._stopping):
+            return
+        now = time.monotonic()
+        times = [worker.due for worker in self._workers if not worker.pid and not self._stopping]
+        times += [self._deadline] if self._stopping else []
+        times += [self._next_beat] if self._next_beat is not None and not self._stopping else []
+        poll = select.poll()
+        for descriptor in (self._reports[0], self._wakeup[0]):
+            poll.register(descriptor, select.POLLIN)
+        for worker in self._workers:
+            if worker.pidfd >= 0:
+                poll.register(worker.pidfd, select.POLLIN)
+            elif worker.pid:
+                times.append(now + LOOK)
+        timeout = None if not times else max(0.0, min(times) - now) * 1000 + 1
+        poll.poll(timeout)
+        self._pass_on(_read(self._wakeup[0]))
+
+    def _pass_on(self, numbers: bytes) -> None:
+        """Pass signals on to the workers, where the application has a handler for them."""
+        for number in numbers:
+            if self._wakeup_before >= 0:
+                with contextlib.suppress(OSError):
+                    os.write(self._wakeup_before, bytes([number]))
+            if number in _PASSED_ON and signal.getsignal(number) != self._on_signal:
+                for worker in self._workers:
+                    _send(worker, number)
+
+    def _tell_of_life(self, now: float) -> None:
+        if not self._all_were_ready:
+            if any(worker.ready_at is None for worker in self._workers):
+                return
+            self._all_were_ready = True
+            if self._on_ready is not None:
+                self._on_ready()
+            if self._beat is not None:
+                self._next_beat = now
+        if self._next_beat is not None and self._next_beat <= now and self._beat is not None:
+            self._next_beat = now + self._beat
+            if self._on_beat is not None:
+                self._on_beat()
+
+    # --- starting ---------------------------------------------------------------------------
+
+    def _start(self, worker: _Worker) -> None:
+        try:
+            check_threads()
+            lifeline = os.pipe()
+        except (milter.error, OSError) as exc:
+            if not self._all_were_ready:
+                raise
+            self._failed_to_start(worker, exc)
+            return
+        # A signal would be for the wrong process until the child has its own handlers.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+        except OSError as exc:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            _close(*lifeline)
+            self._failed_to_start(worker, exc)
+            return
+        if pid == 0:
+            self._work(worker, lifeline, mask)
+        os.close(lifeline[0])
+        worker.pid, worker.lifeline = pid, lifeline[1]
+        worker.ready_at, worker.asked_to_stop, worker.was_killed = None, False, False
+        worker.pidfd = _pidfd(pid)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _failed_to_start(self, worker: _Worker, exc: Exception) -> None:
+        pause = self._count_failure(worker, f"cannot be started: {exc}")
+        _log.error(
+            "worker %d cannot be started: %s; next attempt in %g s", worker.number + 1, exc, pause
+        )
+
+    def _work(
+        self, worker: _Worker, lifeline: tuple[int, int], mask: set[int | signal.Signals]
+    ) -> NoReturn:
+        """Be the worker, in the child: nothing of the program around the call may run here."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(self._wakeup_before)
+            self._restore_handlers()
+            _close(lifeline[1], self._reports[0], *self._wakeup)
+            _close(*(fd for each in self._workers for fd in (each.lifeline, each.pidfd) if fd >= 0))
+            milter._become_worker(worker.number, lifeline[0], self._reports[1])
+            _leave_terminal()
+            atexit._clear()  # what the program registered is for the supervisor to do, once
+            atexit.register(logging.shutdown)
+            status = self._serve(mask)
+            threading._shutdown()  # type: ignore[attr-defined] # wait for non-daemon threads
+            atexit._run_exitfuncs()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            os._exit(status)
+
+    def _serve(self, mask: set[int | signal.Signals]) -> int:
+        """Run ``worker_init`` and ``main()``; returns the exit status."""
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if self._worker_init is not None:
+                self._worker_init()
+            milter.main()
+        except SystemExit as exc:
+            return _status_of(exc)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except BaseException as exc:  # noqa: BLE001 - there is nobody above to see it
+            _log.error("a worker (pid %d) ends:", os.getpid(), exc_info=exc)
+            return 1
+        return 0
+
+    # --- ending -----------------------------------------------------------------------------
+
+    def _read_reports(self) -> None:
+        data = _read(self._reports[0])
+        for what, pid in _REPORT.iter_unpack(data):
+            for worker in self._workers:
+                if worker.pid == pid:
+                    if what == b"r":
+                        worker.ready_at = time.monotonic()
+                    else:
+                        worker.asked_to_stop = True
+                        self._stop = True
+
+    def _reap(self, worker: _Worker) -> None:
+        try:
+            pid, wait_status = os.waitpid(worker.pid, os.WNOHANG)
+        except ChildProcessError:
+            # The program ignores SIGCHLD, or waits for all children itself.
+            pid, wait_status = worker.pid, None
+        if pid == 0:
+            return
+        self._read_reports()  # its last
+        milter._worker_gone(worker.number)
+        code = None if wait_status is None else os.waitstatus_to_exitcode(wait_status)
+        name, reason = str(worker), _reason(code)
+        _close(*(fd for fd in (worker.lifeline, worker.pidfd) if fd >= 0))
+        worker.pid, worker.lifeline, worker.pidfd = 0, -1, -1
+        if self._stop or self._stopping:
+            self._ended_at_stop(worker, name, code, reason)
+        else:
+            pause = self._count_failure(worker, f"{name} {reason}")
+            if not self._stop:
+                _log.warning(
+                    "%s %s; a new one is started %s",
+                    name,
+                    reason,
+                    f"in {pause:g} s" if pause else "now",
+                )
+
+    def _ended_at_stop(self, worker: _Worker, name: str, code: int | None, reason: str) -> None:
+        if worker.asked_to_stop and code is not None and code > 0:
+            self._raised = self._raised or SystemExit(code)
+            return
+        if code in (0, None) or (worker.ready_at is None and -(code or 0) in _STOPS):
+            return
+        if worker.ready_at is None and code == 128 + signal.SIGINT:
+            return
+        if worker.was_killed:
+            reason = "did not end in time and was killed"
+        self._troubles.append(f"{name} {reason}")
+        _log.error("%s %s", name, reason)
+
+    def _count_failure(self, worker: _Worker, what: str) -> float:
+        """Take note that a worker died; returns how long to wait before the next, in seconds."""
+        now = time.monotonic()
+        if worker.ready_at is not None and now - worker.ready_at >= QUICK:
+            worker.failures = 0
+        worker.failures += 1
+        pause = PAUSES[min(worker.failures, len(PAUSES)) - 1]
+        worker.due = now + pause
+        worker.ready_at = None
+        serves = any(each.ready_at is not None for each in self._workers)
+        if worker.failures >= TOO_MANY and not (serves and self._all_were_ready):
+            raise milter.error(
+                f"workers die at once, {worker.failures} times in a row; the last: {what}"
+            )
+        return pause
+
+    def _begin_to_stop(self) -> None:
+        self._stopping = True
+        _, drain, close = milter._stop_state()
+        self._deadline = time.monotonic() + drain + close + GRACE
+        _close_socket()
+        for worker in self._workers:
+            if worker.lifeline >= 0:
+                os.close(worker.lifeline)
+                worker.lifeline = -1
+            if worker.ready_at is None:
+                _send(worker, signal.SIGTERM)  # it may be busy with worker_init
+        if self._on_stop is not None:
+            self._on_stop()
+
+    def _kill_late_ones(self, now: float) -> None:
+        if now < self._deadline:
+            return
+        for worker in self._workers:
+            worker.was_killed = True
+            _send(worker, signal.SIGKILL)
+        self._deadline = now + 1
+
+
+# --- small parts ---------------------------------------------------------------------------------
+
+
+def _close_socket() -> None:
+    """Stop listening, for all processes, and remove the unix socket if it is still ours."""
+    milter.stop()
+    milter.main()
+
+
+def _unreachable_socket() -> socket.socket | None:
+    """A listening socket that nobody can connect to, None where it cannot be had."""
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        with tempfile.TemporaryDirectory(prefix="milter-") as directory:
+            server.bind(os.path.join(directory, "s"))
+            server.listen(1)
+        server.setblocking(False)
+    except OSError as exc:
+        _log.info("connections are not spread evenly over the workers: %s", exc)
+        server.close()
+        return None
+    return server
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    stack.callback(_close, *ends)
+    for end in ends:
+        os.set_blocking(end, False)
+    return ends
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> bytes:
+    with contextlib.suppress(BlockingIOError):
+        return os.read(descriptor, 4096)
+    return b""
+
+
+def _send(worker: _Worker, number: int) -> None:
+    if worker.pid:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, number)
+
+
+def _pidfd(pid: int) -> int:
+    """A descriptor that is readable when the process has ended, or -1."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+def _leave_terminal() -> None:
+    """Several processes cannot read from one standard input."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.fstat(0).st_mode):  # that may be the inherited listening socket
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.close(null)
+
+
+def _status_of(exc: SystemExit) -> int:
+    """The exit status, as the interpreter finds it; a text is printed."""
+    if exc.code is None:
+        return 0
+    if isinstance(exc.code, int):
+        return exc.code & 0xFF
+    print(exc.code, file=sys.stderr)
+    return 1
+
+
+def _reason(code: int | None) -> str:
+    if code is None:
+        return "has ended"
+    if code >= 0:
+        return f"ended with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
