@@ -87,7 +87,11 @@ Script = Callable[[Peer], None]
 
 @contextlib.contextmanager
 def scripted(script: Script, **options: Any) -> Iterator[tuple[MTA, Peer]]:
-    """An MTA whose filter runs *script* in a thread, then closes its end."""
+    """An MTA whose filter runs *script* in a thread, then closes its end.
+
+    The time-outs of the options hold once negotiation is over: a busy machine may take longer
+    for that than a test wants to wait for what never comes.
+    """
     ours, theirs = socket.socketpair()
     peer = Peer(theirs)
 
@@ -96,11 +100,13 @@ def scripted(script: Script, **options: Any) -> Iterator[tuple[MTA, Peer]]:
         with theirs, contextlib.suppress(EOFError, OSError):
             script(peer)
 
-    options.setdefault("timeout", WAIT)
+    timeouts = {name: options.pop(name) for name in ("timeout", "total_timeout") if name in options}
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(play)
         try:
-            with contextlib.closing(MTA(ours, **options)) as mta:
+            with contextlib.closing(MTA(ours, timeout=WAIT, **options)) as mta:
+                for name, seconds in timeouts.items():
+                    setattr(mta, name, seconds)
                 yield mta, peer
         finally:
             ours.close()

@@ -230,7 +230,7 @@ def test_a_filter_can_become_a_daemon_once_its_socket_is_open(scenario):
         begin = time.monotonic()
         os.kill(child, signal.SIGTERM)
         filter_.wait_for("main: None")
-        assert time.monotonic() - begin < 0.5
+        assert time.monotonic() - begin < 2
         assert not os.path.exists(path_of(filter_.socket))
         child = 0
     finally:

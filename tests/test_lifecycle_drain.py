@@ -294,7 +294,7 @@ def test_the_deadline_cuts_a_message_that_never_ends(run_filter, connect):
     took = end(filter_)
     assert filter_.wait() == 0
     mta.expect_close()
-    assert 0.5 <= took < 2.5
+    assert 0.5 <= took < 8
     assert "in close" in filter_.output
     assert "after runmilter" in filter_.output
     assert "1 messages still in progress" in filter_.output
@@ -306,7 +306,7 @@ def test_a_callback_that_never_returns_is_left_behind(held, connect):
     filter_.wait_for("in eom")
     took = end(filter_)
     assert filter_.wait() == 0
-    assert 0.5 <= took < 5
+    assert 0.5 <= took < 8
     assert "end of the program" in filter_.output
     assert "Traceback" not in filter_.output
     assert isinstance(message.outcome(), FilterClosed)

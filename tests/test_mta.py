@@ -423,11 +423,11 @@ def test_dripping_bytes_do_not_put_off_the_timeout() -> None:
     def script(peer: Peer) -> None:
         peer.answer(optneg())
         peer.command()
-        for byte in frame(b"y", b"550 " + b"x" * 500):
+        for byte in frame(b"y", b"550 " + b"x" * 2000):
             peer.send(bytes([byte]))
             time.sleep(0.01)
 
-    with scripted(script, timeout=0.3) as (mta, _), takes(0.3, 3), late("no complete answer"):
+    with scripted(script, timeout=0.3) as (mta, _), takes(0.3, 15), late("no complete answer"):
         mail(mta)
 
 
@@ -436,12 +436,12 @@ def test_progress_starts_the_wait_anew() -> None:
         peer.answer(optneg())
         peer.command()
         for _ in range(8):
-            time.sleep(0.1)
+            time.sleep(0.2)
             peer.send(frame(b"p"))
         peer.send(OK)
         peer.drain()
 
-    with scripted(script, timeout=0.5) as (mta, _), takes(0.7, 10):
+    with scripted(script, timeout=1.5) as (mta, _), takes(1.6, 15):
         assert mta.eom().progress == 8
 
 
