@@ -192,10 +192,10 @@ class Filter:
                 start_new_session=True,
             )
 
-    def wait(self) -> None:
-        """Wait until it listens."""
+    def wait(self, processes: int) -> None:
+        """Wait until it listens, and runs in so many processes at least."""
         deadline = time.monotonic() + STARTING
-        while not accepts(self.address):
+        while len(self.processes()) < processes or not accepts(self.address):
             if self._process.poll() is not None:
                 raise BenchError(self._complaint(f"ended with status {self._process.returncode}"))
             if time.monotonic() > deadline:
@@ -237,7 +237,7 @@ def running(subject: Subject, workload: Workload, floor: Path, work: Path) -> It
     command = subject.command(workload.filter, address, floor)
     served = Filter(command, address, work / "filter.log")
     try:
-        served.wait()
+        served.wait(1 if subject.workers is None else 1 + subject.workers)
         yield served
     finally:
         served.stop()
