@@ -1354,6 +1354,8 @@ _RAW_ELEMENTS = frozenset(
 _TEXT_ATTRIBUTES = frozenset(("alt", "title", "summary", "label", "placeholder", "abbr"))
 _LIST_ATTRIBUTES = frozenset(("content", "values", "from", "to", "by", "srcset", "archive"))
 _IMAGE_TAGS = frozenset(("img", "image", "input", "td", "body", "table"))
+# What a tag leaves that is taken out: without it, "<" before and a name after would become a tag.
+_GAP = " "
 
 
 def _unescape(text: str) -> str:
@@ -1483,14 +1485,16 @@ class HTMLScriptFilter(SGMLFilter):
         local = _local_name(tag)
         if local.startswith("script"):
             super().finish_endtag("script")
-        elif not (self._inner and local in _RAW_ELEMENTS):
+        elif self._inner and local in _RAW_ELEMENTS:
+            self.write(_GAP)
+        else:
             super().finish_endtag(tag)
 
     def unknown_endtag(self, tag: str) -> None:
         """Pass an end tag on, without the attributes that it should not have."""
         if self._source is not None and not _PLAIN_ENDTAG.match(self._source):
             plain = re.match(r"[a-z][a-z0-9:._-]*\Z", tag)
-            self._source = f"</{tag}>" if plain else ""
+            self._source = f"</{tag}>" if plain else _GAP
         super().unknown_endtag(tag)
 
     def unknown_starttag(self, tag: str, attr: list[tuple[str, str]]) -> None:
@@ -1560,9 +1564,9 @@ def _end_pattern(name: str) -> tuple[re.Pattern[str], int]:
 
 
 def _safe_tag(tag: str, text: str) -> str:
-    """A start tag without the attributes that run scripts; '' where its name is in doubt."""
+    """A start tag without the attributes that run scripts; a gap where its name is in doubt."""
     if _ODD_NAME.search(tag):
-        return ""
+        return _GAP
     out, pos = [], 0
     for start, end, name, value in iter_attributes(text, 1 + len(tag)):
         # some readers take a slash as the end of an unquoted value

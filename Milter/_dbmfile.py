@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dbm
+import errno
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -135,3 +136,6 @@ def _module_errors(path: str) -> Iterator[None]:
     except ImportError as exc:
         text = f"{path}: this Python was built without the module that reads it: {exc}"
         raise ImportError(text, name=exc.name) from exc
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as exc:
+        # dbm.dumb reads its index as Python.
+        raise OSError(errno.EINVAL, f"damaged: {exc}", path) from exc

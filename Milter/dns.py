@@ -60,6 +60,7 @@ def DNSLookup(
     """
     _require_dnspython()
     import dns.exception
+    import dns.rdataclass
     import dns.resolver
 
     rdtype = _record_type(qtype)
@@ -80,6 +81,8 @@ def DNSLookup(
         ((_host(rrset.name), dns.rdatatype.to_text(rrset.rdtype)), _data(rdata))
         for section in (answer.response.answer, answer.response.additional)
         for rrset in section
+        # In another class the same type may hold anything.
+        if rrset.rdclass == dns.rdataclass.IN
         for rdata in rrset
     ]
 

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Print those of a sanitizer's reports that name the module: sanitizer_reports.py DIRECTORY.
+
+Ends with status 1 where there are any. What does not name it is counted by kind: leaks that the
+interpreter, or another extension, leaves at its exit.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import sys
+from pathlib import Path
+
+# A frame in the module: by its file's name, or by that of its sources.
+MODULE = re.compile(
+    r"\bmilter\.(?:cpython|abi3)[^/\s]*\.so|\b(?:miltermodule|src/[a-z]+)\.c:\d+|"
+    r"\((?:miltermodule|context|values|listener|signals|lifecycle|turnstile|decoder)\.c:\d+\)"
+)
+# Where a report, or one leak of a report, begins.
+BEGIN = re.compile(
+    r"(?m)^(?=(?:==\d+==)?(?:==\d+== ?)?ERROR: AddressSanitizer|Direct leak of|Indirect leak of|"
+    r"WARNING: ThreadSanitizer|\S+:\d+:\d+: runtime error|"
+    r"==\d+== (?:Invalid|Conditional|Use of|Syscall|Mismatched|Source and|Argument|Process term))"
+)
+KIND = re.compile(r"Direct leak|Indirect leak|ERROR: \w+: [\w-]+|runtime error|Sanitizer: [\w ]+")
+
+
+def main() -> int:
+    ours: dict[str, str] = {}
+    others: collections.Counter[str] = collections.Counter()
+    files = sorted(Path(sys.argv[1]).glob("report*"))
+    for path in files:
+        text = path.read_text(errors="replace")
+        for report in BEGIN.split(text):
+            if MODULE.search(report):
+                ours.setdefault(re.sub(r"0x[0-9a-f]+|==\d+==|\d+ byte\S*", "", report), report)
+            elif report.strip():
+                kind = KIND.search(report)
+                others[kind[0] if kind else "other"] += 1
+    for report in list(ours.values())[:20]:
+        print(report.strip()[:6000], end="\n\n")
+    told = ", ".join(f"{count} {kind}" for kind, count in others.most_common(6)) or "none"
+    print(f"{len(files)} files, {len(ours)} reports that name the module; others: {told}")
+    return min(len(ours), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

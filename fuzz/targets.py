@@ -1,0 +1,297 @@
+"""What fuzz/python_run.py feeds: functions of any bytes, and what must hold for each.
+
+A target raises for a finding, and takes whatever the documentation of what it calls says may be
+raised.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import io
+import logging
+import os
+import socket
+import tempfile
+import zipfile
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import mime
+from Milter import _esmtp, cache, config, dynip, policy, sgmllib, unsign, utils
+from Milter import dns as milter_dns
+
+logging.getLogger("mime").setLevel(logging.CRITICAL)
+logging.getLogger("milter").setLevel(logging.CRITICAL)
+
+_scratch = tempfile.mkdtemp(prefix="fuzz-python-")
+
+
+def _text(data: bytes) -> str:
+    """As the extension hands over what came from the wire."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def mime_message(data: bytes) -> None:
+    """A message is written back as it came; what was made harmless stays so when read again."""
+    msg = mime.message_from_file(io.BytesIO(data))
+    assert msg.as_bytes() == data, "not written back byte for byte"
+    for part in msg.walk():
+        part.get_filename()
+        part.get_content_charset()
+        part.getparams()
+        part.getname()
+        if not part.is_multipart():
+            part.get_payload_decoded()
+    with contextlib.suppress(mime.LimitExceeded, zipfile.BadZipFile):
+        msg.getnames(scan_zip=True)
+    mime.defang(msg, scan_zip=True)
+    harmless = msg.as_bytes()
+    again = mime.message_from_file(io.BytesIO(harmless))
+    changed = mime.defang(again, scan_zip=True)
+    assert not changed or not msg.ismodified() or again.as_bytes() == harmless, (
+        "a defanged message is still dangerous"
+    )
+
+
+def zip_names(data: bytes) -> None:
+    """Nothing but BadZipFile."""
+    with contextlib.suppress(zipfile.BadZipFile):
+        mime.zipnames(data)
+
+
+def _without_scripts(text: str) -> str:
+    out = io.StringIO()
+    parser = mime.HTMLScriptFilter(out)
+    parser.feed(text)
+    parser.close()
+    return out.getvalue()
+
+
+def html(data: bytes) -> None:
+    """What was taken out leaves nothing behind that would be taken out again."""
+    once = _without_scripts(_text(data))
+    twice = _without_scripts(once)
+    warning = mime.HTMLScriptFilter.msg
+    assert twice.count(warning) <= once.count(warning), "a second pass found another script"
+
+
+class _Recorder(sgmllib.SGMLParser):
+    """The data that a parser sees, and its tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def handle_data(self, data: str) -> None:
+        if self.seen and self.seen[-1][0] == "data":
+            self.seen[-1] = ("data", self.seen[-1][1] + data)
+        else:
+            self.seen.append(("data", data))
+
+    def unknown_starttag(self, tag: str, attributes: Any) -> None:
+        self.seen.append(("start", tag, list(attributes)))
+
+    def unknown_endtag(self, tag: str) -> None:
+        self.seen.append(("end", tag))
+
+    def handle_comment(self, data: str) -> None:
+        self.seen.append(("comment", data))
+
+
+def _parsed(pieces: list[str]) -> list[tuple[Any, ...]]:
+    parser = _Recorder()
+    try:
+        for piece in pieces:
+            parser.feed(piece)
+        parser.close()
+    except sgmllib.SGMLParseError:
+        return [("error",)]
+    return parser.seen
+
+
+def sgml(data: bytes) -> None:
+    """Fed at once or in two pieces, it sees the same."""
+    where, text = (data[0], _text(data[1:])) if data else (0, "")
+    whole = _parsed([text])
+    middle = min(where, len(text))
+    assert _parsed([text[:middle], text[middle:]]) == whole, f"cut at {middle} it reads otherwise"
+
+
+def header_values(data: bytes) -> None:
+    """The functions on header values and addresses never raise on text."""
+    text = _text(data)
+    decoded = utils.parse_header(text)
+    assert "=?" in text or decoded == text, "changed without an encoded word"
+    name, address = utils.parseaddr(decoded)
+    for value in (name, address):
+        assert not set("\r\n\0") & set(value) or set("\r\n\0") & set(decoded)
+    assert 1 <= len(utils.parse_addr(text)) <= 2
+    mime.unquote(text)
+    unsign.unsign(text)
+    mime.check_ext(text)
+    first, _, second = text.partition(" ")
+    dynip.is_dynip(first, second)
+    _esmtp.param2dict(text.split(" "))
+    _esmtp.param2dict(data.split(b" "))
+
+
+_no_names: Callable[..., Any] = lambda *args, **kwds: []  # noqa: E731
+
+
+def networks(data: bytes) -> None:
+    """A list of networks: no name is looked up, and OSError or ValueError for what is none."""
+    address, *patterns = _text(data).replace("\0", "").split("\n")
+    real = socket.getaddrinfo
+    socket.getaddrinfo = _no_names
+    try:
+        with contextlib.suppress(OSError, ValueError):
+            utils.addr2bin(address)
+        with contextlib.suppress(OSError, ValueError):
+            utils.iniplist(address, patterns)
+        with contextlib.suppress(OSError, ValueError):
+            utils.iniplist("192.0.2.7", [*patterns, address])
+    finally:
+        socket.getaddrinfo = real
+
+
+class _FixedResolver:
+    """Answers every question with what the fuzzer made of an answer."""
+
+    def __init__(self, wire: bytes) -> None:
+        self.wire = wire
+
+    def resolve(self, name: Any, rdtype: Any, **options: Any) -> Any:
+        import dns.exception
+        import dns.message
+
+        try:
+            response = dns.message.from_wire(self.wire, ignore_trailing=True)
+        except (dns.exception.DNSException, ValueError) as exc:
+            # Its own resolver does so with what a server sends.
+            raise dns.exception.DNSException(str(exc)) from exc
+        return SimpleNamespace(response=response)
+
+
+_QUESTION = b"\0\1\x81\x80\0\1\0\2\0\0\0\2\7example\3com\0\0\1\0\1"  # a header and one question
+
+
+def dns_answers(data: bytes) -> None:
+    """Whatever a name server answers: a list of data of the promised form, or DNSError."""
+    wire = data if data[:1] == b"\0" else _QUESTION + data[1:]
+    session = milter_dns.Session(_FixedResolver(wire))  # type: ignore[arg-type]
+    for qtype in ("A", "AAAA", "MX", "TXT", "CNAME", "PTR", "SRV"):
+        with contextlib.suppress(milter_dns.DNSError):
+            for item in session.dns("example.com", qtype):
+                assert isinstance(item, (str, bytes, tuple)), item
+                assert qtype != "A" or isinstance(item, str)
+                assert qtype != "AAAA" or (isinstance(item, bytes) and len(item) == 16)
+                assert qtype != "MX" or isinstance(item[1], str)
+    with contextlib.suppress(milter_dns.DNSError):
+        for text in session.dns_txt("example.com"):
+            text.encode("ascii", "surrogateescape")
+    with contextlib.suppress(milter_dns.DNSError):
+        session.dns(_text(data[:300]), "A")
+
+
+def cache_file(data: bytes) -> None:
+    """Any file can be loaded; what was stored through it comes back."""
+    path = os.path.join(_scratch, "cache")
+    with open(path, "wb") as file:
+        file.write(data)
+    for name in ("cache.old", "cache.lock"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(_scratch, name))
+    first = cache.AddrCache(renew=7)
+    first.load(path)
+    sender = _text(data[:40])
+    first[sender] = None
+    first.addperm("kept@example.com")
+    first.has_key(sender)
+    again = cache.AddrCache(renew=7)
+    again.load(path)
+    assert again.has_precise_key("kept@example.com"), "a stored address is lost"
+    kept = sender.split() == [sender] and not sender.startswith("#")
+    with contextlib.suppress(UnicodeEncodeError):
+        sender.encode("utf-8", "surrogateescape")
+        assert not kept or again.has_precise_key(sender), f"{sender!r} is lost"
+
+
+class _Map:
+    """An access map that has one entry."""
+
+    def __init__(self, key: bytes, value: bytes) -> None:
+        self.entry = {key: value}
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.entry.get(key)
+
+    def keys(self) -> list[bytes]:
+        return list(self.entry)
+
+    def close(self) -> None:
+        pass
+
+
+def access_map(data: bytes) -> None:
+    """Any sender can be looked up in any map; any file is a map, or refused as documented."""
+    head, _, rest = data.partition(b"\n")
+    value, _, content = rest.partition(b"\n")
+    conf = SimpleNamespace(access_file=None, access_file_nulls=len(data) % 2)
+    with policy.MTAPolicy(_text(head), conf) as rules:
+        rules.acf = _Map(b"spf:" + head.rpartition(b"@")[2].lower(), value)
+        result = rules.getPolicy("SPF")
+        assert result is None or isinstance(result, str)
+    path = os.path.join(_scratch, "access")
+    for suffix in ("", ".dir", ".dat"):
+        with open(path + suffix, "wb") as file:
+            file.write(content if suffix != ".dat" else value)
+    try:
+        reader = policy.dbmopen(path)
+    except (OSError, ValueError, ImportError):
+        return
+    reader.close()
+
+
+def config_file(data: bytes) -> None:
+    """A configuration that is no such thing is refused by configparser, a value by ValueError."""
+    parser = config.MilterConfigParser({"port": "25"})
+    # No file but those of this directory.
+    text = _text(data).replace("/", "").replace("..", "")
+    try:
+        parser.read_string(text)
+    except configparser.Error:
+        return
+    for section in [*parser.sections(), "none"]:
+        for option in [*(parser.options(section) if section != "none" else ()), "port", "none"]:
+            for method in (
+                parser.get,
+                parser.getint,
+                parser.getfloat,
+                parser.getboolean,
+                parser.getdefault,
+                parser.getintdefault,
+                parser.getlist,
+                lambda s, o: parser.getaddrset(s, o, _scratch),
+                lambda s, o: parser.getaddrdict(s, o, _scratch),
+            ):
+                with contextlib.suppress(configparser.Error, ValueError, OSError):
+                    method(section, option)
+                # A default where there is neither section nor option.
+                if section == "none" and method in (parser.get, parser.getlist):
+                    method(section, option)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "mime": mime_message,
+    "zip": zip_names,
+    "html": html,
+    "sgml": sgml,
+    "header": header_values,
+    "networks": networks,
+    "dns": dns_answers,
+    "cache": cache_file,
+    "access": access_map,
+    "config": config_file,
+}
