@@ -213,10 +213,11 @@ class _Session:
         return "250 mx.test.invalid"
 
     def _unknown(self, text: str) -> str:
-        if not self._silent:
+        if not self._silent and self._over is None:
             reply = self.mta.unknown(text)
-            if reply.smtp is not None:
-                return _joined(str(reply.smtp))
+            refusal = _refusal(reply) if self._sender is None else self._ask(reply)
+            if refusal:
+                return refusal
         return "502 5.5.2 Error: command not recognized"
 
     def _ask(self, reply: Reply) -> str:

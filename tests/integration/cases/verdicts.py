@@ -301,6 +301,27 @@ CASES = (
         topic=TOPIC,
     ),
     Case(
+        "ACCEPT at an unknown command within a message",
+        session(mail(until="rcpt"), command("XBOGUS now", "50"), mail()[2:]),
+        Filter(on={"unknown": returns(Milter.ACCEPT)}),
+        seen="connect hello envfrom envrcpt unknown close",
+        topic=TOPIC,
+    ),
+    Case(
+        "REJECT at an unknown command within a message: the message goes on",
+        session(mail(until="rcpt"), command("XBOGUS now", REJECTED), mail()[2:]),
+        Filter(on={"unknown": returns(Milter.REJECT)}),
+        seen="connect hello envfrom envrcpt unknown data header*5 eoh body eom close",
+        topic=TOPIC,
+    ),
+    Case(
+        "TEMPFAIL at an unknown command",
+        session(command("XBOGUS now", TEMPFAILED), mail()),
+        Filter(on={"unknown": returns(Milter.TEMPFAIL)}),
+        seen=["connect", "hello", "unknown", *ONE_MESSAGE, "close"],
+        topic=TOPIC,
+    ),
+    Case(
         "a reply of the filter's own to an unknown command",
         session(command("XBOGUS now", "554 5.7.0 No magic"), mail()),
         Filter(on={"unknown": replies(Milter.REJECT, "554", "5.7.0", "No magic")}),
