@@ -40,6 +40,8 @@ PAUSES = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 TOO_MANY = 5
 #: Seconds that a worker may take, beyond the drain timeout, until it is killed.
 GRACE = 3.0
+#: So many exceptions in the supervisor itself, by signal handlers, and it lets go of all.
+MAX_FAILURES = 20
 #: Seconds between looks at the workers where the system does not tell of their end.
 LOOK = 0.1
 
@@ -187,6 +189,7 @@ class _Supervisor:
         self._deadline = 0.0
         self._troubles: list[str] = []  # what did not end well
         self._raised: BaseException | None = None
+        self._failures = 0  # exceptions in the supervisor
         self._handlers: dict[int, Any] = {}
         self._wakeup = self._reports = (-1, -1)
         self._wakeup_before = -1
@@ -204,9 +207,13 @@ class _Supervisor:
             while not self._has_ended():
                 try:
                     self._turn()
-                except BaseException as exc:  # noqa: BLE001 - raised when all have ended
+                except BaseException as exc:
                     self._raised = self._raised or exc
                     self._stop = True
+                    self._failures += 1
+                    if self._failures > MAX_FAILURES:
+                        self._kill_all()
+                        raise
         if self._raised is not None:
             raise self._raised
         if self._troubles:
@@ -389,6 +396,7 @@ class _Supervisor:
                 if worker.pid == pid:
                     if what == b"r":
                         worker.ready_at = time.monotonic()
+                        _log.info("%s serves", worker)
                     else:
                         worker.asked_to_stop = True
                         self._stop = True
@@ -465,10 +473,13 @@ class _Supervisor:
     def _kill_late_ones(self, now: float) -> None:
         if now < self._deadline:
             return
+        self._kill_all()
+        self._deadline = now + 1
+
+    def _kill_all(self) -> None:
         for worker in self._workers:
             worker.was_killed = True
             _send(worker, signal.SIGKILL)
-        self._deadline = now + 1
 
 
 # --- small parts ---------------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""A filter with worker processes: k_filter.py SOCKET --workers N [OPTION...].
+
+It says in headers which process and which number a message had, and on standard output what
+happens around the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import milter
+
+import Milter
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+class Telling(Milter.Base):
+    """The options decide what a message does."""
+
+    options = argparse.Namespace()
+
+    def hello(self, hostname: str) -> int:
+        self.id = Milter.uniqueID()
+        return Milter.CONTINUE
+
+    def envfrom(self, sender: str, *params: str) -> int:
+        if sender == "<stop@example.com>":
+            Milter.stop()
+        if sender == "<exit@example.com>":
+            sys.exit(3)
+        if sender == "<fork@example.com>":
+            child = os.fork()
+            if child == 0:
+                try:
+                    milter.main()
+                except milter.error as exc:
+                    say("child:", exc)
+                return Milter.CONTINUE
+            os.waitpid(child, 0)
+        return Milter.CONTINUE
+
+    def eom(self) -> int:
+        if self.options.hold:
+            say("holds in", os.getpid())
+            with open(self.options.hold, "rb", buffering=0) as fifo:
+                fifo.read(1)
+        self.addheader("X-Worker", str(os.getpid()))
+        self.addheader("X-Number", str(self.id))
+        self.addheader("X-Random", str(random.random()))
+        return Milter.ACCEPT
+
+    def close(self) -> int:
+        return Milter.CONTINUE
+
+
+def init(how: str) -> None:
+    say("init in", os.getpid(), milter.getdiag()[0])
+    atexit.register(say, "exit of", os.getpid())
+    if how == "raise":
+        raise RuntimeError("no database")
+    if how == "exit":
+        sys.exit(7)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "sleep":
+        time.sleep(60)
+    if how == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    if how.startswith("except:"):  # all fail that come after the first so many
+        with open(how.partition(":")[2], "ab") as file:
+            file.write(b".")
+            if file.tell() > Telling.options.workers:
+                raise RuntimeError("no more connections")
+
+
+def handle(name: str, action: str) -> None:
+    def handler(_number: int, _frame: object) -> None:
+        say(f"{name} in", os.getpid())
+        if action == "stop":
+            Milter.stop()
+        elif action == "exit":
+            sys.exit(5)
+
+    signal.signal(getattr(signal, f"SIG{name}"), handler)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("socket")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--init", default="")
+    parser.add_argument("--drain", type=float)
+    parser.add_argument("--hold")
+    parser.add_argument("--handle", nargs=2, action="append", default=[])
+    parser.add_argument("--thread", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(level="INFO", format="%(process)d %(name)s %(levelname)s %(message)s")
+    for name, action in options.handle:
+        handle(name, action)
+    if options.thread:
+        threading.Thread(target=time.sleep, args=(60,), name="pool", daemon=True).start()
+    Telling.options = options
+    Milter.factory = Telling
+    atexit.register(say, "end of the program in", os.getpid())
+    say("program", os.getpid())
+    try:
+        Milter.runmilter(
+            "workers",
+            options.socket,
+            drain_timeout=options.drain,
+            workers=options.workers,
+            worker_init=(lambda: init(options.init)) if options.init else None,
+        )
+    except milter.error as exc:
+        say("failed:", exc)
+        sys.exit(2)
+    finally:
+        say("finally in", os.getpid())
+
+
+if __name__ == "__main__":
+    main()
