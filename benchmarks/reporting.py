@@ -385,7 +385,8 @@ def _draw_lines(axes: Any, title: str, series: dict[str, list[tuple[int, float]]
 
 def _draw_bars(axes: Any, results: Results, keys: list[str]) -> None:
     """Messages/s of different orders of magnitude, as parts of the fastest."""
-    subjects = results["subjects"]
+    measured = {subject for key in keys for subject in results["samples"][key]}
+    subjects = [subject for subject in results["subjects"] if subject in measured]
     for place, subject in enumerate(subjects):
         heights = []
         for key in keys:
@@ -395,8 +396,9 @@ def _draw_bars(axes: Any, results: Results, keys: list[str]) -> None:
         xs = [x + place * width for x in range(len(keys))]
         axes.bar(xs, heights, width, label=subject, color=COLOURS.get(subject))
     axes.set_xticks([x + 0.4 - 0.4 / len(subjects) for x in range(len(keys))], keys)
+    axes.set_ylim(0, 1.3)  # room for the legend
     axes.set(title="the rest", ylabel="messages/s, of the fastest")
-    axes.legend()
+    axes.legend(ncols=2, loc="upper left")
 
 
 def draw(results: Results, path: Path) -> None:
