@@ -8,10 +8,10 @@
  *
  * Read it top to bottom: the threads, the verdicts, the way in and out, the trampolines,
  * the module's functions and definition.  Beside it, in src/: milter.h (what all share),
- * turnstile.c (one after the other to the interpreter lock), values.c (text, addresses, checks
- * of arguments), context.c (the context object), decoder.c (callbacks that get bytes),
- * listener.c (the listening socket), signals.c (who gets which signal), lifecycle.c (main()
- * and stopping), constants.c.
+ * turnstile.c (one after the other to the interpreter lock), pool.c (libmilter's workers),
+ * values.c (text, addresses, checks of arguments), context.c (the context object),
+ * decoder.c (callbacks that get bytes), listener.c (the listening socket), signals.c (who
+ * gets which signal), lifecycle.c (main() and stopping), constants.c.
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.
@@ -106,6 +106,7 @@ leave_gate(void)
 static void
 give_back_thread_state(void *state)
 {
+    atomic_fetch_sub(&filter.workers, 1);
     if (!pass_gate()) {
         return; /* the interpreter frees what is left of its threads */
     }
@@ -142,6 +143,7 @@ adopt_thread(void)
     /* libmilter blocks HUP, INT and TERM in its threads.  A process that a callback starts
      * would inherit that, and ignore a polite end for ever. */
     pthread_sigmask(SIG_SETMASK, &filter.mask, NULL);
+    atomic_fetch_add(&filter.workers, 1);
 #ifdef THREAD_EXIT_HOOK
     if (__cxa_thread_atexit_impl != NULL &&
         __cxa_thread_atexit_impl(give_back_thread_state, thread_state, &__dso_handle) == 0) {
@@ -162,6 +164,7 @@ enter_python(void)
         leave_gate();
         return false;
     }
+    watch_pool();
     enter_turnstile();
     PyEval_RestoreThread(thread_state);
     return true;

@@ -70,7 +70,7 @@ wait_until(module_state *state, bool (*done)(void), double deadline)
             return false;
         }
         Py_BEGIN_ALLOW_THREADS
-        if (poll(&wait, 1, timeout) > 0) {
+        if (poll_and_tend_pool(&wait, timeout) > 0) {
             while ((count = read(filter.pipe[0], bytes, sizeof bytes)) > 0) {
                 forward_signals(bytes, count);
             }

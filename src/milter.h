@@ -157,6 +157,7 @@ typedef struct {
     atomic_int signal;          /* the one that stopped the filter, or 0 */
     atomic_ulong beat;          /* counts the rounds of main()'s waiting */
     atomic_long inside;         /* threads of libmilter that are in Python now */
+    atomic_long workers;        /* threads of libmilter that have been there */
     atomic_long messages;       /* in progress */
     atomic_ulong created;       /* contexts */
     atomic_ulong deleted;
@@ -236,6 +237,10 @@ void judge(enum stage stage, unsigned began);
 #define leave_turnstile() false
 #define judge(stage, began) ((void)(began))
 #endif
+
+/* pool.c: libmilter's workers */
+void watch_pool(void);
+int poll_and_tend_pool(struct pollfd *wait, int timeout);
 
 /* context.c: the context object */
 ContextObject *new_context(module_state *state, SMFICTX *handle, enum stage stage);
