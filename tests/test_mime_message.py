@@ -588,6 +588,7 @@ def test_failures_of_the_standard_parser_are_survived(monkeypatch, broken):
         b"\n" + b"begin 644 " * 100_000,
         b"\n" + b"begin 644 x\n" * 100_000,
     ],
+    ids=range(11),
 )
 def test_long_headers_take_linear_time(raw):
     began = time.process_time()
