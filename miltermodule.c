@@ -11,7 +11,7 @@
  * turnstile.c (one after the other to the interpreter lock), pool.c (libmilter's workers),
  * values.c (text, addresses, checks of arguments), context.c (the context object),
  * decoder.c (callbacks that get bytes), listener.c (the listening socket), signals.c (who
- * gets which signal), lifecycle.c (main() and stopping), constants.c.
+ * gets which signal), lifecycle.c (main() and stopping), metrics.c (counters), constants.c.
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.
@@ -204,7 +204,8 @@ typedef struct {
     size_t count;
     PyObject *stack_args[STACK_ARGS];
     sfsistat verdict;
-    unsigned began; /* for judge() */
+    unsigned began;   /* for judge() */
+    uint64_t entered; /* for count_callback(), or 0 */
 } Call;
 
 static bool
@@ -393,6 +394,7 @@ take_policy(Call *call)
 {
     module_state *state = filter.state;
 
+    count_exception(call->stage);
     if (PyErr_ExceptionMatches(PyExc_SystemExit) ||
         PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
         stop_with_exception(state);
@@ -516,6 +518,7 @@ find_context(Call *call)
             smfi_setpriv(call->handle, context);
             atomic_fetch_add(&filter.created, 1);
             count_connection(1);
+            count_new_connection();
         }
     }
     return (ContextObject *)Py_XNewRef(context);
@@ -551,6 +554,7 @@ track_message(Call *call)
     /* Counted before the look at the flag, as main() looks at the count after setting it. */
     atomic_fetch_add(&filter.messages, 1);
     context->in_message = true;
+    count_new_message();
     if (!atomic_load(&filter.draining)) {
         return true;
     }
@@ -587,6 +591,7 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
         return false;
     }
     call->began = pass_turnstile(stage);
+    call->entered = is_counting() ? count_clock() : 0;
     call->context = find_context(call);
     if (call->context == NULL) {
         if (PyErr_Occurred()) {
@@ -690,6 +695,9 @@ detach(Call *call)
             set_stage(context, OUTSIDE);
         }
         Py_DECREF(context);
+        if (call->entered != 0) {
+            count_callback(call->stage, verdict, call->entered);
+        }
     }
     judge(call->stage, call->began);
     leave_python();
@@ -1613,6 +1621,8 @@ static PyMethodDef milter_functions[] = {
     {"_stop_state", stop_state, METH_NOARGS, NULL},
     {"_unique_id", unique_id, METH_NOARGS, NULL},
     {"_last_unique_id", last_unique_id, METH_NOARGS, NULL},
+    {"_metrics", switch_counting, METH_O, NULL},
+    {"_metrics_snapshot", counters_snapshot, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

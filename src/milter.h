@@ -295,6 +295,23 @@ PyObject *stop_state(PyObject *module, PyObject *Py_UNUSED(ignored));
 PyObject *unique_id(PyObject *module, PyObject *Py_UNUSED(ignored));
 PyObject *last_unique_id(PyObject *module, PyObject *Py_UNUSED(ignored));
 
+/* metrics.c: what the callbacks do, counted */
+extern atomic_bool counting;
+uint64_t count_clock(void);
+void count_callback(enum stage stage, sfsistat verdict, uint64_t began);
+void count_exception(enum stage stage);
+void count_new_connection(void);
+void count_new_message(void);
+void take_place_for_counting(int number);
+PyObject *switch_counting(PyObject *module, PyObject *value);
+PyObject *counters_snapshot(PyObject *module, PyObject *Py_UNUSED(ignored));
+
+static inline bool
+is_counting(void)
+{
+    return atomic_load_explicit(&counting, memory_order_acquire);
+}
+
 /* constants.c */
 int add_constants(PyObject *module);
 

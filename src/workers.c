@@ -457,6 +457,7 @@ become_worker(PyObject *module, PyObject *args)
     }
     free(filter.path);
     filter.path = NULL;
+    take_place_for_counting(index + 1);
     me = &crew->workers[index];
     atomic_store(&me->connections, 0);
     atomic_store(&me->slow, false);
