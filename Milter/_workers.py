@@ -267,7 +267,8 @@ class _Supervisor:
             for worker in self._workers:
                 if not worker.pid and worker.due <= now:
                     self._start(worker)
-            self._tell_of_life(now)
+            self._tell_of_ready(now)
+        self._tell_of_life(now)
         self._wait()
 
     def _wait(self) -> None:
@@ -277,7 +278,7 @@ class _Supervisor:
         now = time.monotonic()
         times = [worker.due for worker in self._workers if not worker.pid and not self._stopping]
         times += [self._deadline] if self._stopping else []
-        times += [self._next_beat] if self._next_beat is not None and not self._stopping else []
+        times += [] if self._next_beat is None else [self._next_beat]
         poll = select.poll()
         for descriptor in (self._reports[0], self._wakeup[0]):
             poll.register(descriptor, select.POLLIN)
@@ -300,15 +301,16 @@ class _Supervisor:
                 for worker in self._workers:
                     _send(worker, number)
 
+    def _tell_of_ready(self, now: float) -> None:
+        if self._all_were_ready or any(worker.ready_at is None for worker in self._workers):
+            return
+        self._all_were_ready = True
+        if self._on_ready is not None:
+            self._on_ready()
+        if self._beat is not None:
+            self._next_beat = now
+
     def _tell_of_life(self, now: float) -> None:
-        if not self._all_were_ready:
-            if any(worker.ready_at is None for worker in self._workers):
-                return
-            self._all_were_ready = True
-            if self._on_ready is not None:
-                self._on_ready()
-            if self._beat is not None:
-                self._next_beat = now
         if self._next_beat is not None and self._next_beat <= now and self._beat is not None:
             self._next_beat = now + self._beat
             if self._on_beat is not None:

@@ -405,3 +405,75 @@ def test_help_names_the_exit_statuses() -> None:
         command("run", "--help"), capture_output=True, text=True, timeout=WAIT, check=True
     )
     assert "exit status:" in done.stdout
+
+
+def worker_pids(filter_: Filter, count: int) -> list[int]:
+    """Wait until so many workers serve; returns their process ids."""
+    filter_.wait_for(f"with {count} workers")
+    before = filter_.output.partition(f"with {count} workers")[0]
+    pids = re.findall(r"\(pid (\d+)\) serves", before)
+    assert len(pids) == count
+    return [int(pid) for pid in pids]
+
+
+def test_workers_serve_and_stop_in_good_order(run: Run, place: Path) -> None:
+    filter_ = run("--workers", "2")
+    worker_pids(filter_, 2)
+    with filter_.mta() as mta:
+        result = mta.send(b"Subject: a\r\n\r\nb\r\n", recipients=["r@example.com"])
+    assert result.message["X-Hello"] == "world"
+    assert filter_.stop() == 0, filter_.output
+    assert not (place / "run" / "s").exists()
+    assert f"[{filter_.pid}] INFO" in filter_.output
+    assert "hello has stopped" in filter_.output
+
+
+def test_ready_is_told_when_all_workers_serve(run: Run, manager: Manager) -> None:
+    filter_ = run(
+        "--workers",
+        "2",
+        name="hello:Busy",
+        env={**manager.environment, "WATCHDOG_USEC": "100000"},
+    )
+    first = manager.wait_for("READY=1")
+    assert first[0] == "READY=1"
+    for _ in range(3):
+        manager.wait_for("WATCHDOG=1")
+    pids = worker_pids(filter_, 2)
+    with contextlib.closing(filter_.mta()) as mta:
+        mta.connect_info("localhost", "127.0.0.1", 1)
+        mta.mail("<a@example.com>")
+        filter_.process.terminate()
+        manager.wait_for("STOPPING=1")
+        manager.wait_for("WATCHDOG=1")
+        manager.wait_for("WATCHDOG=1")
+        assert filter_.process.poll() is None
+        mta.rcpt("<b@example.com>")
+        assert mta.eom().modifications
+    assert filter_.wait() == 0, filter_.output
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@root_only
+def test_workers_are_not_root(run: Run, place: Path) -> None:
+    place.chmod(0o755)
+    filter_ = run("--workers", "2", "--user", "nobody")
+    nobody = pwd.getpwnam("nobody")
+    for pid in [filter_.pid, *worker_pids(filter_, 2)]:
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert re.search(r"^Uid:(.*)", status, re.MULTILINE)[1].split() == [str(nobody.pw_uid)] * 4
+    assert filter_.stop() == 0, filter_.output
+
+
+@pytest.mark.parametrize("workers", ["-1", "two", "513"])
+def test_bad_numbers_of_workers(place: Path, workers: str) -> None:
+    done = subprocess.run(
+        command("run", "hello:Hello", "--socket", f"unix:{place}/run/s", "--workers", workers),
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--workers" in done.stderr and "number from 0 to 512" in done.stderr

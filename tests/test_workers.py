@@ -147,7 +147,7 @@ def test_messages_pass_and_the_program_runs_on_in_one_process_only(run_filter, w
     filter_ = run_filter("k_filter", "--init", "ok", socket=where)
     pids = workers_of(filter_, 2)
     assert header(send(filter_), "X-Worker") in map(str, pids)
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
     lines = filter_.output.splitlines()
     assert {line for line in lines if "init in" in line} == {f"init in {pid} 0" for pid in pids}
     assert {line for line in lines if "exit of" in line} == {f"exit of {pid}" for pid in pids}
@@ -172,7 +172,7 @@ def test_long_connections_are_spread(run_filter, where, workers):
         even += counts == [2] * workers
     assert both >= 19
     assert even >= 10  # by chance it would be 7 or 2 of 20
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 def test_a_worker_that_hangs_holds_nobody_up(run_filter, where):
@@ -191,7 +191,7 @@ def test_a_worker_that_hangs_holds_nobody_up(run_filter, where):
             assert time.monotonic() - begin < 2
         finally:
             os.kill(idle, signal.SIGCONT)
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 def test_numbers_are_unique_in_all_workers_and_after_restarts(run_filter):
@@ -208,7 +208,7 @@ def test_numbers_are_unique_in_all_workers_and_after_restarts(run_filter):
         filter_.wait_for(f"(pid {pids[0]}) was killed by SIGKILL")
     assert seen == list(range(1, 13))
     assert len(set(randoms)) == 12
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 def test_one_for_each_core(run_filter):
@@ -219,14 +219,14 @@ def test_one_for_each_core(run_filter):
         workers_of(filter_, cores)
     else:
         assert header(result, "X-Worker") == str(filter_.pid)
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 def test_one_worker_is_this_process(run_filter):
     filter_ = run_filter("k_filter", "--workers", "1", "--init", "ok")
     assert header(send(filter_), "X-Worker") == str(filter_.pid)
     assert children(filter_.pid) == []
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
     assert f"init in {filter_.pid} 0" in filter_.output
 
 
@@ -235,7 +235,7 @@ def test_a_child_that_a_callback_forks_is_no_worker(run_filter):
     with filter_.mta() as mta:
         assert mta.send(MESSAGE, sender="<fork@example.com>", recipients=RECIPIENTS).accepted
     assert "child: main:" in filter_.wait_for("child:")
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 # --- workers that die -------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_a_killed_worker_fails_only_its_messages(run_filter, where):
     assert len(load.lost) <= 8  # no more than were in progress
     assert set(map(str, pids[1:])) <= set(load.passed)
     assert f"(pid {pids[0]}) was killed by SIGKILL" in filter_.output
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 def test_sigterm_under_load_loses_nothing(run_filter, where):
@@ -312,7 +312,7 @@ def test_a_worker_may_be_stopped_alone(run_filter):
     filter_.wait_for(f"(pid {pids[0]}) ended with status 0; a new one is started now")
     assert pids[1] in workers_of(filter_, 2)
     assert send(filter_).accepted
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 # --- stopping ---------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_a_stop_while_workers_prepare(run_filter):
     filter_ = run_filter("k_filter", "--init", "sleep")
     filter_.wait_for("init in", 2)
     begin = time.monotonic()
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
     assert at_once(time.monotonic() - begin)
 
 
@@ -393,7 +393,7 @@ def test_workers_end_when_the_supervisor_is_killed(run_filter, where, directory)
         wait_until(lambda: not any(map(alive, pids)), "the workers end")
     again = run_filter("k_filter", socket=where)
     assert send(again).accepted
-    assert again.stop() == 0
+    assert again.stop() == 0, again.output
 
 
 def test_workers_that_prepare_end_with_the_supervisor(run_filter):
@@ -425,7 +425,7 @@ def test_a_handler_runs_in_all_processes(run_filter):
         for pid in pids:
             filter_.wait_for(f"{name} in {pid}")
     assert send(filter_).accepted
-    assert filter_.stop() == 0
+    assert filter_.stop() == 0, filter_.output
 
 
 @pytest.mark.parametrize(("action", "status"), [("stop", 0), ("exit", 5)])
