@@ -22,9 +22,6 @@ Everything in the extension module ``milter``, such as the verdicts (``CONTINUE`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 import milter
 from milter import *  # noqa: F403 - the extension's names belong to this namespace too
 
@@ -48,6 +45,11 @@ from ._runner import (
     runmilter,
     uniqueID,
 )
+
+TYPE_CHECKING = False  # typing takes a megabyte in every filter; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 #: Called without arguments for each connection; returns its filter object, a ``Base``.
 factory: Callable[[], Any] = Milter

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import types
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import milter
 
@@ -27,17 +24,20 @@ from ._protocol import (
     OPTIONAL_CALLBACKS,
 )
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from logging import Logger
+    from typing import Any, ClassVar, Union
+
     from milter import milterContext
     from typing_extensions import Buffer
 
-_log = logging.getLogger("milter")
+    Text = Union[str, bytes]
 
-Text = Union[str, bytes]
-
-#: What ``connect`` gets as the client's address: (ip, port), (ip6, port, flowinfo, scope_id),
-#: the path of a unix socket, or None where the MTA knows none.
-Address = Union["tuple[str, int]", "tuple[str, int, int, int]", str, None]
+    #: What ``connect`` gets as the client's address: (ip, port), (ip6, port, flowinfo,
+    #: scope_id), the path of a unix socket, or None where the MTA knows none.
+    Address = Union[tuple[str, int], tuple[str, int, int, int], str, None]
 
 #: A run of percent signs.
 R = re.compile(r"%+")
@@ -62,6 +62,12 @@ _CONTROLS = {
 
 class DisabledAction(RuntimeError):
     """An action that was not negotiated with the MTA; the message names its flag."""
+
+
+def _logger() -> Logger:
+    import logging  # few filters ever need it
+
+    return logging.getLogger("milter")
 
 
 def _bound_steps(owner: Any, name: str) -> int:
@@ -364,7 +370,7 @@ class Base(milter._Decoder):
             opts[1] = offer[1] & self._wanted_steps()
             opts[2:] = [0] * len(opts[2:])
         except Exception:  # noqa: BLE001 - whatever it was, the connection goes on, and it is logged
-            _log.exception("negotiation of %s failed; taking all options", type(self).__name__)
+            _logger().exception("negotiation of %s failed; taking all options", type(self).__name__)
             opts[:] = offer
             # With ALL_OPTS libmilter sends every step, waits for replies and knows SKIP.
             self._actions, self._protocol = offer[0], offer[1] & milter.P_SKIP
@@ -596,7 +602,7 @@ class Milter(Base):
             # In one piece, as other threads write too.
             out.write(_printable(text, getattr(out, "encoding", None) or "utf-8") + "\n")
         except (OSError, ValueError):
-            _log.debug("standard output is gone, could not print: %r", text)
+            _logger().debug("standard output is gone, could not print: %r", text)
 
     @noreply
     def connect(self, hostname: str, family: int, hostaddr: Address) -> int:

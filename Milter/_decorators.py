@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import codecs
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
 from milter import CONTINUE, NOREPLY, P_HDR_LEADSPC, P_RCPT_REJ
 
@@ -29,8 +27,13 @@ ENABLED_MARK = "_enabled_protocols"
 #: Strategies of ``decode`` that are no codec error handler of that name's meaning.
 SPECIAL_STRATEGIES = frozenset({"bytes", "strict"})
 
-F = TypeVar("F", bound=Callable[..., Any])
-C = TypeVar("C", bound=type)
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    F = TypeVar("F", bound=Callable[..., Any])
+    C = TypeVar("C", bound=type)
 
 
 def callback_of(method: str) -> str:
@@ -64,7 +67,7 @@ def _steps_of(func: Any, decorator: str) -> tuple[int, int]:
 def _caller(func: Any) -> Callable[..., Any]:
     """A plain function that calls a method as an attribute lookup would."""
     if not isinstance(func, (staticmethod, classmethod)):
-        return cast("Callable[..., Any]", func)
+        return func  # type: ignore[no-any-return]
 
     @functools.wraps(func.__func__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +113,7 @@ def nocallback(func: F) -> F:
         return CONTINUE
 
     _mark_steps(checked, call, no_callback)
-    return cast(F, checked)
+    return checked  # type: ignore[return-value]
 
 
 def noreply(func: F) -> F:
@@ -141,7 +144,7 @@ def noreply(func: F) -> F:
         return NOREPLY
 
     _mark_steps(silent, call, no_reply)
-    return cast(F, silent)
+    return silent  # type: ignore[return-value]
 
 
 def decode(strategy: str) -> Callable[[F], F]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, Union
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any, TypeVar, Union
 
-Text = Union[str, bytes]
-T = TypeVar("T")
+    Text = Union[str, bytes]
+    T = TypeVar("T")
 
 
 def _split(item: Text) -> tuple[str, Text | None]:

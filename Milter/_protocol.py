@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import milter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 #: For each callback that the MTA can be asked to leave out: the protocol steps
 #: "send it, wait for no reply" (SMFIP_NR_*) and "do not send it" (SMFIP_NO*).

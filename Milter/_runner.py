@@ -6,16 +6,17 @@ the package when it is called.
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import milter
 
 import Milter
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from milter import milterContext
 
     from ._base import Address
@@ -187,17 +188,19 @@ def runmilter(
         TypeError: ``workers`` is no int, or ``worker_init`` cannot be called.
         ValueError: an argument is refused (such an error is also a ``milter.error``).
     """
-    from . import _workers
+    count = 1
+    if type(workers) is not int or workers != 1 or worker_init is not None:
+        from . import _workers  # what it takes is no burden for a filter of one process
 
-    count = _workers.worker_count(workers)
-    _workers.check_worker_init(worker_init)
-    if count > 1:
-        _workers.check_threads()
-    elif worker_init is not None:
-        worker_init()
+        count = _workers.worker_count(workers)
+        _workers.check_worker_init(worker_init)
+        if count > 1:
+            _workers.check_threads()
+        elif worker_init is not None:
+            worker_init()
     milter.setconn(socketname)
     if timeout:
-        milter.settimeout(math.ceil(timeout))
+        milter.settimeout(-int(-timeout // 1))
     if drain_timeout is not None:
         milter.set_drain_timeout(drain_timeout)
     register_callbacks(name)
