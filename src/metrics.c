@@ -174,10 +174,13 @@ take_place_for_counting(int number)
     Shard sum = {0};
     int used;
 
-    if (counters == NULL || number >= PLACES) {
+    if (number >= PLACES) {
         return;
     }
     own_place = number;
+    if (counters == NULL) {
+        return; /* what is counted here later is for this process only */
+    }
     add_place(&sum, &counters->places[number]);
     counters->places[number].lost = sum.connections - calls_of(&sum.stages[CLOSE]);
     used = atomic_load(&counters->used);
@@ -238,6 +241,7 @@ switch_counting(PyObject *module, PyObject *value)
             return NULL;
         }
         counters = memory;
+        atomic_store(&counters->used, own_place);
     }
     return PyBool_FromLong(atomic_exchange(&counting, on));
 }
