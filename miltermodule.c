@@ -498,6 +498,9 @@ take_verdict(Call *call, PyObject *result)
                      stages[call->stage].name, result, why);
         return false;
     }
+    if (call->stage == UNKNOWN && verdict == SMFIS_ACCEPT && !call->context->in_message) {
+        verdict = SMFIS_CONTINUE; /* Postfix's smtpd panics, and there is nothing to accept */
+    }
     call->verdict = without_reply(call) ? SMFIS_NOREPLY : (sfsistat)verdict;
     check_reply_class(call);
     return true;

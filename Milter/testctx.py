@@ -419,6 +419,8 @@ class TestCtx:
         finally:
             self._running = None
         verdict = _rules.check_verdict(step, result, self.protocol)
+        if step == "unknown" and verdict == milter.ACCEPT and not self._in_message:
+            verdict = milter.CONTINUE
         self._check_reply_class(step, verdict)
         if _rules.ends_message(step, verdict):
             self._in_message = False
@@ -857,6 +859,8 @@ class TestCtx:
         """
         name = _rules.header_name("addheader", field)
         raw = self._raw_value(_rules.header_value("addheader", value))
+        if idx > 2**31 - 1:
+            raise _rules.refuse("addheader", "idx", "must fit into 32 bits", idx)
         self._perform("smfi_addheader" if idx < 0 else "smfi_insheader")
         self._headerschanged = True
         if idx < 0:

@@ -355,6 +355,19 @@ perform_strings(ContextObject *self, const Action *action, PyObject *first, PyOb
     return done ? Py_NewRef(Py_None) : NULL;
 }
 
+/* An index as long, where out of range as its end.  False with TypeError set where it is no int. */
+static bool
+index_argument(PyObject *value, long *index)
+{
+    int overflow;
+
+    *index = PyLong_AsLongAndOverflow(value, &overflow);
+    if (overflow != 0) {
+        *index = overflow < 0 ? LONG_MIN : LONG_MAX;
+    }
+    return *index != -1 || !PyErr_Occurred();
+}
+
 /* --- methods */
 
 PyDoc_STRVAR(addheader_doc,
@@ -370,16 +383,22 @@ static PyObject *
 context_addheader(ContextObject *self, PyObject *args, PyObject *keywords)
 {
     static char *names[] = {"name", "value", "idx", NULL};
-    PyObject *name, *value;
-    int idx = -1;
+    PyObject *name, *value, *idx_object = NULL;
+    long idx = -1;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|i:addheader", names, &name, &value,
-                                     &idx)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OO|O:addheader", names, &name, &value,
+                                     &idx_object) ||
+        (idx_object != NULL && !index_argument(idx_object, &idx))) {
+        return NULL;
+    }
+    if (idx > INT_MAX) {
+        refuse(self->state, "addheader", "idx", "must fit into 32 bits", idx_object);
         return NULL;
     }
     name = header_name_argument(self->state, "addheader", name);
     value = name == NULL ? NULL : header_value_argument(self->state, "addheader", value);
-    return perform_strings(self, idx < 0 ? &action_addheader : &action_insheader, name, value, idx);
+    return perform_strings(self, idx < 0 ? &action_addheader : &action_insheader, name, value,
+                           idx < 0 ? -1 : (int)idx);
 }
 
 PyDoc_STRVAR(chgheader_doc,
@@ -401,13 +420,8 @@ context_chgheader(ContextObject *self, PyObject *args, PyObject *keywords)
                                      &value)) {
         return NULL;
     }
-    number = PyLong_AsLong(idx_object);
-    if (number == -1 && PyErr_Occurred() != NULL && !PyErr_ExceptionMatches(PyExc_OverflowError)) {
+    if (!index_argument(idx_object, &number)) {
         return NULL;
-    }
-    if (PyErr_Occurred()) {
-        PyErr_Clear();
-        number = LONG_MAX; /* or the other way; it is out of range */
     }
     if (number < 0 || number > INT_MAX) {
         refuse(self->state, "chgheader", "idx",

@@ -275,6 +275,7 @@ def refusals() -> list[tuple[str, str, str, str]]:
         *((repr(value), FOLD) for value in ("a\r\r\n b", "a\n b\nc", "a\n\x0bb", "a\n\xa0b")),
         ("'\\ud800'", SURROGATE),
     ]
+    width = "must fit into 32 bits"
     nonempty = [*lines, ("''", EMPTY), ("b''", EMPTY)]
     table: list[tuple[str, str, list[tuple[str, str]]]] = [
         ("addheader({}, 'value')", "name", names),
@@ -283,7 +284,12 @@ def refusals() -> list[tuple[str, str, str, str]]:
         ("addheader('X', {}, 1)", "value", values[:6]),
         ("chgheader({}, 1, 'value')", "name", names),
         ("chgheader('X', 1, {})", "value", values),
-        ("chgheader('X', {}, 'value')", "idx", [("-1", "must not be negative")]),
+        ("addheader('X', 'value', {})", "idx", [(str(2**31), width), (str(2**63), width)]),
+        (
+            "chgheader('X', {}, 'value')",
+            "idx",
+            [("-1", "must not be negative"), (str(2**31), width), (str(2**63), width)],
+        ),
         ("addrcpt({})", "rcpt", nonempty),
         ("addrcpt({}, 'X=1')", "rcpt", nonempty),
         ("addrcpt('<a@b>', {})", "params", lines),

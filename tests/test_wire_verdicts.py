@@ -53,11 +53,26 @@ EARLY = ("connect", "helo")  # where DISCARD is not allowed
 
 @pytest.mark.parametrize(
     ("stage", "verdict"),
-    [(s, v) for s in REPLYING for v in VERDICTS if v != "DISCARD" or s not in EARLY],
+    [
+        (stage, verdict)
+        for stage in REPLYING
+        for verdict in VERDICTS
+        if (stage, verdict) != ("unknown", "ACCEPT")  # see the next test
+        if verdict != "DISCARD" or stage not in EARLY
+    ],
 )
 def test_each_verdict_reaches_the_mta(scripted: Any, stage: str, verdict: str) -> None:
     with session(scripted, **{stage: f"return milter.{verdict}"}) as each:
         assert outcome(each.reach(stage)) == (Verdict[verdict], None)
+    assert each.log() == ""
+
+
+def test_accept_at_an_unknown_command_is_for_a_message(scripted: Any) -> None:
+    """Outside of one it makes Postfix's smtpd panic."""
+    with session(scripted, unknown="return milter.ACCEPT") as each:
+        assert each.reach("unknown").verdict is Verdict.CONTINUE
+        each.mta.mail("<alice@example.com>")
+        assert each.mta.unknown("XBOGUS").verdict is Verdict.ACCEPT
     assert each.log() == ""
 
 
