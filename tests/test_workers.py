@@ -171,7 +171,8 @@ def test_long_connections_are_spread(run_filter, where, workers):
         both += len(counts) >= 2
         even += counts == [2] * workers
     assert both >= 19
-    assert even >= 10  # by chance it would be 7 or 2 of 20
+    # By chance it would be 11 to 17; on a busy machine a worker may be late for its turn.
+    assert even >= (18 if os.getloadavg()[0] < (os.cpu_count() or 1) else 8)
     assert filter_.stop() == 0, filter_.output
 
 
