@@ -116,11 +116,21 @@ class _Budget:
     def __init__(self) -> None:
         self._deadline = time.monotonic() + MAX_SECONDS
         self._bytes = MAX_UNPACKED
+        self._boundaries: dict[int, set[bytes]] = {}
 
     def check_time(self) -> None:
         """Raise LimitExceeded where the time is up."""
         if time.monotonic() > self._deadline:
             raise LimitExceeded(f"takes more than {MAX_SECONDS} s to check")
+
+    def boundaries(self, root: MimeMessage) -> set[bytes]:
+        """The boundaries of all multiparts of a message; looked for once."""
+        known = self._boundaries.get(id(root))
+        if known is None:
+            found = (part.get_boundary() for part in root.walk() if part.is_multipart())
+            known = {_as_bytes(b) for b in found if isinstance(b, str) and b}
+            self._boundaries[id(root)] = known
+        return known
 
     def unpack(self, size: int) -> None:
         """Account for `size` unpacked bytes; raise where they are too many."""
@@ -1439,6 +1449,10 @@ class HTMLScriptFilter(SGMLFilter):
 
     # -- elements
 
+    def report_unbalanced(self, tag: str) -> None:
+        """An end tag without its start goes."""
+        self.write(_GAP)
+
     def finish_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> int:
         """Start a script, raw text or any other element."""
         local = _local_name(tag)
@@ -1457,7 +1471,7 @@ class HTMLScriptFilter(SGMLFilter):
 
     def start_script(self, unused: object) -> None:
         """A script begins: write `msg` for it and drop all up to its end."""
-        self.write(self.msg)
+        self.write(self.msg or _GAP)
         self._raw_name = "/script" if (self._starttag_text or "").endswith("/>") else "script"
         self.set_rawtext(*_end_pattern("script"))
 
@@ -1526,6 +1540,7 @@ class HTMLScriptFilter(SGMLFilter):
             if k < 0:
                 return -1
             if "<" in self.rawdata[i + 1 : k] or self.rawdata[k - 2 : k] != "]]":
+                self.write(_GAP)
                 return i + 9
         return super().parse_declaration(i)
 
@@ -1761,7 +1776,10 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
         for encoding in encodings:
             cleaned = _clean_html(_decode(payload, encoding), msg.get_content_charset(), budget)
             if cleaned is not None:
-                msg.set_payload(_encode(cleaned, encoding))
+                after = _encode(cleaned, encoding)
+                if _forges_boundary(payload, after, budget.boundaries(msg._root)):
+                    raise LimitExceeded("HTML that would fall apart without its scripts")
+                msg.set_payload(after)
                 if len(encodings) > 1:
                     del msg["Content-Transfer-Encoding"]
                     msg["Content-Transfer-Encoding"] = encoding or "8bit"
@@ -1769,6 +1787,22 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
     except LimitExceeded as exc:
         _log.warning("HTML removed: %s", exc)
         _replace(msg, str(exc), savname)
+
+
+_DASHED_LINE = re.compile(rb"(?:(?<=[\r\n])|\A)--([^\r\n]*[^\r\n\t ])")
+
+
+def _forges_boundary(before: bytes, after: bytes, boundaries: set[bytes]) -> bool:
+    """Whether lines that were none became boundaries, which would begin parts nobody checked."""
+
+    def count(text: bytes) -> int:
+        lines = (found[1] for found in _DASHED_LINE.finditer(text))
+        return sum(
+            line in boundaries or (line.endswith(b"--") and line[:-2] in boundaries)
+            for line in lines
+        )
+
+    return bool(boundaries) and count(after) > count(before)
 
 
 def _is_html(msg: MimeMessage) -> bool:

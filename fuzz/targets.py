@@ -9,7 +9,6 @@ from __future__ import annotations
 import configparser
 import contextlib
 import io
-import logging
 import os
 import socket
 import tempfile
@@ -21,9 +20,6 @@ from typing import Any
 import mime
 from Milter import _esmtp, cache, config, dynip, policy, sgmllib, unsign, utils
 from Milter import dns as milter_dns
-
-logging.getLogger("mime").setLevel(logging.CRITICAL)
-logging.getLogger("milter").setLevel(logging.CRITICAL)
 
 _scratch = tempfile.mkdtemp(prefix="fuzz-python-")
 

@@ -53,6 +53,7 @@ def test_there_are_cases_for_each_target(targets: Any) -> None:
         "<<a'b>script>alert(1)</script>",
         '<<a"b>script src=x>',
         "<textarea><</title>script>alert(1)</script></textarea>",
+        "<</script>script>alert(1)",
     ],
 )
 def test_tags_taken_out_of_html_leave_no_script_behind(text: str) -> None:
@@ -62,6 +63,32 @@ def test_tags_taken_out_of_html_leave_no_script_behind(text: str) -> None:
     parser.feed(text)
     parser.close()
     assert "<script" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"--x\0",
+        b"--x\0\0",
+        b"--\0x",
+        b"<p\r\n--x onload=y\r\n>",
+        b"--x</</script>",
+        b"--x--</script>",
+    ],
+    ids=["nul", "nuls", "inner-nul", "attribute", "odd-tag", "end-tag"],
+)
+def test_html_without_scripts_has_no_new_boundary(line: bytes) -> None:
+    """What is taken out of a line must not leave the line that ends the part."""
+    raw = (
+        b'Content-Type: multipart/mixed; boundary="x"\r\n\r\n--x\r\n'
+        b"Content-Type: text/html\r\n\r\n" + line + b"\r\n"
+        b"Content-Disposition: attachment; filename=a.exe\r\n\r\nMZ\r\n--x--\r\n"
+    )
+    msg = mime.message_from_file(io.BytesIO(raw))
+    assert len(msg.get_payload()) == 1
+    mime.defang(msg)
+    again = mime.message_from_file(io.BytesIO(msg.as_bytes()))
+    assert [part.get_filename() for part in again.get_payload()] in ([None], ["WARNING.TXT"])
 
 
 def test_records_of_another_class_are_no_answer() -> None:
