@@ -266,7 +266,7 @@ def test_sigterm_under_load_loses_nothing(run_filter, where):
     filter_ = run_filter("k_filter", socket=where)
     workers_of(filter_, 2)
     load = Load(filter_, 8)
-    load.wait_for(100)
+    load.wait_for(400)  # all have connected anew
     filter_.process.send_signal(signal.SIGTERM)
     assert filter_.wait() == 0
     load.stop()
