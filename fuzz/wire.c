@@ -152,6 +152,7 @@ typedef struct {
     unsigned offered_actions, offered, wanted, actions;
     enum debt debt;
     bool reconnected; /* after QUIT_NC the module may not know what was agreed */
+    bool in_message;  /* as the module counts it */
     bool opened;      /* a context exists: something was called back */
     bool honest;
     int hostility; /* percent of the verdicts that are not CONTINUE */
@@ -549,6 +550,7 @@ expect(Conversation *c, char command, char wanted)
 static void
 end_message(Conversation *c)
 {
+    c->in_message = false;
     if (c->debt == FOR_MESSAGE) {
         c->debt = NO_DEBT;
     }
@@ -566,6 +568,9 @@ judge(Conversation *c, enum state stage, char letter)
         end_message(c);
     }
     c->opened = true;
+    if (in_message(stage) && c->debt == NO_DEBT) {
+        c->in_message = true;
+    }
     if (c->debt != NO_DEBT && (in_message(stage) || stage == HELO)) {
         answer = silent ? 'n' : 't';
     }
@@ -603,6 +608,9 @@ judge(Conversation *c, enum state stage, char letter)
         }
         else if (fault) {
             answer = 't';
+        }
+        else if (answer == 'a' && stage == UNKN && !c->in_message) {
+            answer = 'c'; /* there is no message yet that could be accepted */
         }
         if (fault && silent) {
             c->debt = in_message(stage)                ? FOR_MESSAGE
@@ -684,8 +692,10 @@ say(Conversation *c, char command, const void *data, size_t size, char letter)
     case ABRT: end_message(c); return;
     case QUIT: c->over = true; return;
     case Q_NC:
+        end_message(c);
         c->debt = NO_DEBT;
         c->reconnected = true;
+        memcpy(c->script, "cccc", 4); /* it went with the session */
         return;
     case ENDM: expect_end(c, size, letter); return;
     default:

@@ -175,10 +175,8 @@ class Session:
             done += 1
         except DOCUMENTED:
             refused += 1
-        except Exception as exception:  # noqa: BLE001 - to find these is what it is for
-            # An idx of addheader beyond 32 bits is known to do so.
-            if which != 1 or not isinstance(exception, OverflowError):
-                found(f"action {which}:\n{traceback.format_exc()}")
+        except Exception:  # noqa: BLE001 - to find these is what it is for
+            found(f"action {which}:\n{traceback.format_exc()}")
 
     @property
     def target(self) -> Any:
