@@ -5,22 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import grp
 import logging
 import math
-import os
-import pwd
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
 import Milter
 
-from . import _runner, _workers
+from . import _runner, _socket_setup, _workers
 from ._cli_common import (
     EXIT_ERROR,
     EXIT_OK,
@@ -35,8 +30,6 @@ from ._cli_common import (
 from ._systemd import Notifier, in_journal
 
 _log = logging.getLogger("milter.run")
-
-DEFAULT_MODE = 0o660
 
 _EPILOG = f"""\
 The module is imported as "python -m" would: from the current directory, then
@@ -80,10 +73,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--socket", required=True, help="where to listen")
     parser.add_argument("--name", help="the filter's name in logs and replies (the module's)")
     parser.add_argument(
-        "--mode", type=_mode, help=f"of a unix socket, octal ({DEFAULT_MODE:04o})", default=None
+        "--mode",
+        type=_mode,
+        help=f"of a unix socket, octal ({_socket_setup.DEFAULT_MODE:04o})",
+        default=None,
     )
     parser.add_argument("--group", help="of a unix socket: a group the MTA is in")
-    parser.add_argument("--user", help="who to become once the socket is open, when root")
+    parser.add_argument(
+        "--user",
+        metavar="USER[:GROUP]",
+        help="who to become once the socket is open, when root",
+    )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
@@ -135,6 +135,9 @@ def run(args: argparse.Namespace) -> int:
         _log.debug("the cause:", exc_info=exc)
         complain("run", exc)
         return exc.status
+    except _socket_setup.UnsafeError as exc:
+        complain("run", exc)
+        return EXIT_UNSAFE
     except (Milter.error, OSError) as exc:
         complain("run", exc)
         return EXIT_ERROR
@@ -143,26 +146,25 @@ def run(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> None:
     where = _parse_socket(args)
-    user = _find_user(args.user)
-    group = _find_group(args.group)
+    access = _access(where, args)
     # The module of a package too goes by its last name.
     name = args.name or args.filter.partition(":")[0].rpartition(".")[2]
     Milter.factory = load_filter(args.filter)
     if where.kind == "unix":
-        _check_directory(where, user, group)
+        access.check_directory()
         _check_nobody_listens(where)
     notifier = Notifier()
     _prepare(name, where, args)
     if args.workers > 1:
-        _serve_with_workers(name, where, args, user, group, notifier)
+        _serve_with_workers(name, where, args, access, notifier)
     else:
         with _stopping_on_signals(notifier):
-            _open_for(where, args.mode, user, group)
+            access.open(True)
             try:
                 _log.info("%s serves on %s", name, where.libmilter)
                 notifier.ready(f"serving on {where.libmilter}")
             except BaseException:
-                _shut()
+                _socket_setup.shut()
                 raise
             Milter.main()
     _log.info("%s has stopped", name)
@@ -173,8 +175,7 @@ def _serve_with_workers(
     name: str,
     where: FilterSocket,
     args: argparse.Namespace,
-    user: pwd.struct_passwd | None,
-    group: grp.struct_group | None,
+    access: _socket_setup.Access,
     notifier: Notifier,
 ) -> None:
     def tell_that_all_serve() -> None:
@@ -182,7 +183,7 @@ def _serve_with_workers(
         notifier.ready(f"serving on {where.libmilter} with {args.workers} workers", feed=False)
 
     _workers.check_threads()
-    _open_for(where, args.mode, user, group)
+    access.open(True)
     _workers.supervise(
         args.workers,
         on_ready=tell_that_all_serve,
@@ -192,27 +193,9 @@ def _serve_with_workers(
     )
 
 
-def _open_for(
-    where: FilterSocket,
-    mode: int | None,
-    user: pwd.struct_passwd | None,
-    group: grp.struct_group | None,
-) -> None:
-    """Open the socket, and be root no more."""
-    _open(where, mode, user, group)
-    try:
-        if user is not None:
-            _become(user)
-        _say_what_is_open(where, user)
-    except BaseException:
-        _shut()
-        raise
-
-
 def _prepare(name: str, where: FilterSocket, args: argparse.Namespace) -> None:
     """All that ``runmilter`` does before it opens the socket."""
-    conn = f"fd:{where.number}" if where.kind == "fd" else where.libmilter
-    Milter.setconn(conn)
+    Milter.setconn(_conn(where))
     if args.timeout:
         Milter.settimeout(math.ceil(args.timeout))
     if args.drain_timeout is not None:
@@ -280,50 +263,26 @@ def _parse_socket(args: argparse.Namespace) -> FilterSocket:
     return where
 
 
-def _check_directory(
-    where: FilterSocket, user: pwd.struct_passwd | None, group: grp.struct_group | None
-) -> None:
-    """Refuse a directory in which somebody else could put another socket in the place of ours."""
-    directory = Path(where.path).absolute().parent
-    owner = (f"-o {user.pw_name} " if user else "") + (f"-g {group.gr_name} " if group else "")
-    create = f"install -d {owner}-m 0750"
+def _conn(where: FilterSocket) -> str:
+    return f"fd:{where.number}" if where.kind == "fd" else where.libmilter
+
+
+def _access(where: FilterSocket, args: argparse.Namespace) -> _socket_setup.Access:
+    user, _, group = (args.user or "").partition(":")
+    mode = args.mode
+    if mode is None and where.kind == "unix":
+        mode = _socket_setup.DEFAULT_MODE
     try:
-        directory = directory.resolve(strict=True)
-        status = directory.stat()
-    except (OSError, RuntimeError) as exc:
-        raise CommandError(
-            f"the socket's directory {directory} cannot be used: {getattr(exc, 'strerror', exc)}; "
-            f"create it: {create} {directory}",
-            EXIT_UNSAFE,
-        ) from None
-    if not stat.S_ISDIR(status.st_mode):
-        raise CommandError(f"{directory} is no directory; use another path", EXIT_UNSAFE)
-    if status.st_mode & stat.S_IWOTH:
-        raise CommandError(
-            f"everybody may write to the socket's directory {directory}: use one of the filter's "
-            f"own, such as: {create} {directory}/{Path(where.path).stem}",
-            EXIT_UNSAFE,
+        return _socket_setup.Access(
+            _conn(where), mode, _number(args.group), _number(user), _number(group)
         )
-    trusted = {0, os.geteuid()} | ({user.pw_uid} if user is not None else set())
-    for place in (directory, *directory.parents):
-        status = place.stat()
-        if status.st_uid not in trusted:
-            raise CommandError(
-                f"{place} belongs to another user ({_name_of(status.st_uid)}), who could replace "
-                f"the socket: use a directory below none of theirs",
-                EXIT_UNSAFE,
-            )
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise CommandError(
-                f"everybody may write to {place}, above the socket: chmod o-w {place}", EXIT_UNSAFE
-            )
+    except ValueError as exc:
+        raise CommandError(str(exc).removeprefix("socket_")) from None
 
 
-def _name_of(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
+def _number(text: str | None) -> str | int | None:
+    """A name, or the number of a user or group that is written in digits."""
+    return int(text) if text and text.isascii() and text.isdigit() else text or None
 
 
 def _check_nobody_listens(where: FilterSocket) -> None:
@@ -335,128 +294,3 @@ def _check_nobody_listens(where: FilterSocket) -> None:
         raise CommandError(
             f"another filter serves on {where.path}: stop it first, or use another path", EXIT_ERROR
         )
-
-
-def _open(
-    where: FilterSocket,
-    mode: int | None,
-    user: pwd.struct_passwd | None,
-    group: grp.struct_group | None,
-) -> None:
-    """Open the socket so that at no time anybody but those it is meant for can connect."""
-    before = os.umask(0o177)
-    try:
-        Milter.opensocket(True)
-    finally:
-        os.umask(before)
-    if where.kind != "unix":
-        return
-    try:
-        _give_access(
-            where.path,
-            DEFAULT_MODE if mode is None else mode,
-            -1 if user is None else user.pw_uid,
-            -1 if group is None else group.gr_gid,
-        )
-    except BaseException:
-        _shut()
-        raise
-
-
-def _give_access(path: str, mode: int, uid: int, gid: int) -> None:
-    # By descriptor where there are such: whoever owns the directory could exchange the path.
-    flags = getattr(os, "O_PATH", 0) | os.O_NOFOLLOW
-    descriptor = os.open(path, flags) if hasattr(os, "O_PATH") else -1
-    link = f"/proc/self/fd/{descriptor}"
-    target = link if descriptor >= 0 and os.path.exists(link) else path
-    try:
-        if not stat.S_ISSOCK(os.stat(target).st_mode):
-            raise CommandError(f"{path} was replaced while it was opened", EXIT_UNSAFE)
-        try:
-            if (uid, gid) != (-1, -1):
-                os.chown(target, uid, gid)
-        except PermissionError:
-            raise CommandError(
-                f"cannot give the socket {path} away: only root can choose any --user and --group, "
-                "others only a group that they are in",
-                EXIT_ERROR,
-            ) from None
-        os.chmod(target, mode)
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
-    if mode & stat.S_IWOTH:
-        _log.warning("mode %04o: every user of this machine can connect to %s", mode, path)
-
-
-def _shut() -> None:
-    """Undo opening: ``main`` after ``stop`` removes the socket and returns."""
-    Milter.stop()
-    Milter.main()
-
-
-def _say_what_is_open(where: FilterSocket, user: pwd.struct_passwd | None) -> None:
-    if where.is_tcp:
-        local = where.host in ("localhost", "::1") or where.host.startswith("127.")
-        _log.warning(
-            "the milter protocol has no authentication and no encryption: %s can use this filter "
-            "on %s%s",
-            "every user of this machine" if local else "whoever reaches the port",
-            where.libmilter,
-            "" if local else "; let a firewall pass the MTA only",
-        )
-    if os.geteuid() == 0:
-        _log.warning("the filter runs as root; name a user of its own with --user")
-
-
-# --- users and groups ----------------------------------------------------------------------------
-
-
-def _find_user(name: str | None) -> pwd.struct_passwd | None:
-    if name is None:
-        return None
-    try:
-        user = pwd.getpwnam(name)
-    except KeyError:
-        raise CommandError(f"--user {name}: there is no such user") from None
-    if os.geteuid() not in (0, user.pw_uid):
-        raise CommandError(f"--user {name}: only root can become another user")
-    return user
-
-
-def _find_group(name: str | None) -> grp.struct_group | None:
-    if name is None:
-        return None
-    try:
-        return grp.getgrnam(name)
-    except KeyError:
-        raise CommandError(f"--group {name}: there is no such group") from None
-
-
-def _become(user: pwd.struct_passwd) -> None:
-    """Give root up for good, and make sure of it."""
-    if os.geteuid() != 0:
-        return
-    try:
-        os.initgroups(user.pw_name, user.pw_gid)
-        os.setgid(user.pw_gid)
-        os.setuid(user.pw_uid)
-    except OSError as exc:
-        raise CommandError(
-            f"cannot become {user.pw_name}: {exc.strerror}; the filter does not go on as root",
-            EXIT_UNSAFE,
-        ) from exc
-    if user.pw_uid != 0 and _can_be_root_again():
-        raise CommandError(
-            f"became {user.pw_name}, but the way back to root is open; refused", EXIT_UNSAFE
-        )
-
-
-def _can_be_root_again() -> bool:
-    if 0 in (os.getuid(), os.geteuid()):
-        return True
-    try:
-        os.setuid(0)
-    except OSError:
-        return False
-    return True

@@ -158,6 +158,10 @@ def runmilter(
     drain_timeout: float | None = None,
     workers: int = 1,
     worker_init: Callable[[], object] | None = None,
+    socket_mode: int | None = None,
+    socket_group: str | int | None = None,
+    user: str | int | None = None,
+    group: str | int | None = None,
 ) -> None:
     """Run the filter: open its socket, serve the MTA, return when stopped.
 
@@ -180,6 +184,19 @@ def runmilter(
         worker_init: called without arguments in each worker before its first connection, to
             open what cannot be shared with other processes (databases, threads). What it
             raises ends the worker.
+        socket_mode: of the unix socket, such as 0o660: who may connect. There is no moment in
+            which others could. With none of these four arguments it is what the umask leaves;
+            with any other of them 0o660.
+        socket_group: group of the unix socket, name or number: one that the MTA is in.
+        user: who this process becomes once the socket is open, name or number; only root can
+            choose. Root is given up for good, before workers are forked and ``worker_init``
+            is called.
+        group: of the process then, name or number; by default that of the user.
+
+    With ``socket_mode``, ``socket_group`` or ``user`` a unix socket is refused in a directory
+    where somebody else could put another in its place; without, that is only warned of. The log
+    is also told of a filter that goes on as root, and of a TCP socket that whoever reaches it
+    can use: the milter protocol has no authentication.
 
     Raises:
         milter.error: it cannot start or cannot go on; the message and the cause say why. With
@@ -188,6 +205,8 @@ def runmilter(
         TypeError: ``workers`` is no int, or ``worker_init`` cannot be called.
         ValueError: an argument is refused (such an error is also a ``milter.error``).
     """
+    from . import _socket_setup
+
     count = 1
     if type(workers) is not int or workers != 1 or worker_init is not None:
         from . import _workers  # what it takes is no burden for a filter of one process
@@ -196,16 +215,21 @@ def runmilter(
         _workers.check_worker_init(worker_init)
         if count > 1:
             _workers.check_threads()
-        elif worker_init is not None:
-            worker_init()
     milter.setconn(socketname)
+    access = _socket_setup.Access(socketname, socket_mode, socket_group, user, group)
     if timeout:
         milter.settimeout(-int(-timeout // 1))
     if drain_timeout is not None:
         milter.set_drain_timeout(drain_timeout)
     register_callbacks(name)
-    milter.opensocket(rmsock)
+    access.open(rmsock)
     if count > 1:
         _workers.supervise(count, worker_init)
-    else:
-        milter.main()
+        return
+    if worker_init is not None:
+        try:
+            worker_init()
+        except BaseException:
+            _socket_setup.shut()
+            raise
+    milter.main()

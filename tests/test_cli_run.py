@@ -173,16 +173,16 @@ def test_a_world_writable_socket_is_warned_of(run: Run) -> None:
 
 NARROW = """
 import os, sys
-import Milter
+import milter
 from Milter import __main__
 
-open_socket = Milter.opensocket
+open_socket = milter.opensocket
 
 def open_and_look(remove):
     open_socket(remove)
     print(f"made with {os.stat(sys.argv[1]).st_mode & 0o777:04o}", flush=True)
 
-Milter.opensocket = open_and_look
+milter.opensocket = open_and_look
 sys.exit(__main__.main(["run", "hello:Hello", "--socket", sys.argv[1], "--mode", "0666"]))
 """
 
@@ -311,8 +311,8 @@ def test_in_the_journal_lines_have_a_priority_and_no_time(place: Path) -> None:
                 if "serves on" in line:
                     process.terminate()
         assert process.wait(WAIT) == 0
-    ours = [line for line in lines if "milter.run" in line]
-    assert all(re.match(r"<[46]>milter\.run: ", line) for line in ours)
+    ours = [line for line in lines if "milter" in line]
+    assert all(re.match(r"<[46]>milter(\.run)?: ", line) for line in ours)
     assert any(line.startswith("<4>") for line in ours)
     assert any(line.startswith("<6>") for line in ours)
 
