@@ -1461,7 +1461,7 @@ class HTMLScriptFilter(SGMLFilter):
             return super().finish_starttag("script", attrs)
         if local not in _RAW_ELEMENTS:
             return super().finish_starttag(tag, attrs)
-        if self._inner:  # readers would differ on where it ends
+        if self._inner or tag != local:  # readers would differ on where it ends
             self.write(self.msg)
             return -1
         result = super().finish_starttag(tag, attrs)

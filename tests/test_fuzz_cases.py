@@ -65,6 +65,17 @@ def test_tags_taken_out_of_html_leave_no_script_behind(text: str) -> None:
     assert "<script" not in out.getvalue()
 
 
+@pytest.mark.parametrize("name", ['s"tyle', "st-yle", "x:style", "x:title", "text.area"])
+def test_what_only_resembles_a_raw_element_hides_nothing(name: str) -> None:
+    """The filter took the content for text, where a browser sees an attribute's value."""
+    out = io.StringIO()
+    parser = mime.HTMLScriptFilter(out)
+    plain = re.sub(r"x:|[^a-z]", "", name)
+    parser.feed(f"<{name}><img src='</{plain}>' onerror=alert(1)>")
+    parser.close()
+    assert "onerror" not in out.getvalue()
+
+
 @pytest.mark.parametrize(
     "line",
     [
