@@ -45,8 +45,9 @@ def mime_message(data: bytes) -> None:
     mime.defang(msg, scan_zip=True)
     harmless = msg.as_bytes()
     again = mime.message_from_file(io.BytesIO(harmless))
-    changed = mime.defang(again, scan_zip=True)
-    assert not changed or not msg.ismodified() or again.as_bytes() == harmless, (
+    mime.defang(again, scan_zip=True)
+    # It may drop more attributes in doubt, but no part and no script.
+    assert again.as_bytes().count(b"WARNING") <= harmless.count(b"WARNING"), (
         "a defanged message is still dangerous"
     )
 
