@@ -11,7 +11,8 @@
  * turnstile.c (one after the other to the interpreter lock), pool.c (libmilter's workers),
  * values.c (text, addresses, checks of arguments), context.c (the context object),
  * decoder.c (callbacks that get bytes), listener.c (the listening socket), signals.c (who
- * gets which signal), lifecycle.c (main() and stopping), metrics.c (counters), constants.c.
+ * gets which signal), lifecycle.c (main() and stopping), workers.c (several processes on one
+ * socket), metrics.c (counters), constants.c.
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.
@@ -59,7 +60,7 @@ Filter filter = {
     .listener = -1,
     .pipe = {-1, -1},
     .startup = PTHREAD_MUTEX_INITIALIZER,
-    .drain_seconds = DRAIN_SECONDS,
+    .drain_ms = DRAIN_SECONDS * 1000,
     .max_data = MILTER_MAX_DATA_SIZE,
 };
 
@@ -251,10 +252,11 @@ set_reply(Call *call, const char *code, const char *enhanced, const char *text)
 static void
 name_for_reply(const module_state *state, char *out)
 {
-    const char *name = state->name != NULL ? state->name : "filter";
+    const char *name;
     int characters = 0;
 
-    for (; *name != '\0'; name++) {
+    LOCK_STATE();
+    for (name = state->name != NULL ? state->name : "filter"; *name != '\0'; name++) {
         bool begins_character = ((unsigned char)*name & 0xC0) != 0x80;
         if (begins_character && characters++ == NAME_IN_REPLY) {
             break;
@@ -264,6 +266,7 @@ name_for_reply(const module_state *state, char *out)
         }
         *out++ = *name;
     }
+    UNLOCK_STATE();
     *out = '\0';
 }
 
@@ -329,21 +332,34 @@ stop_with_exception(module_state *state)
 {
     PyObject *exception = take_exception();
 
+    LOCK_STATE();
     if (state->raised == NULL) {
         state->raised = exception;
+        exception = NULL;
     }
-    else {
-        Py_DECREF(exception);
-    }
+    UNLOCK_STATE();
+    Py_XDECREF(exception); /* the first counts */
     atomic_store(&filter.stop_wanted, true);
     wake_main();
 }
 
-static bool
-excepthook_replaced(PyObject **hook)
+/* sys.excepthook where the application has replaced it, owned; else NULL. */
+static PyObject *
+own_excepthook(void)
 {
-    *hook = PySys_GetObject("excepthook"); /* borrowed */
-    return *hook != NULL && *hook != Py_None && *hook != PySys_GetObject("__excepthook__");
+    PyObject *sys = PyImport_ImportModule("sys");
+    PyObject *hook = sys == NULL ? NULL : PyObject_GetAttrString(sys, "excepthook");
+    PyObject *standard = hook == NULL ? NULL : PyObject_GetAttrString(sys, "__excepthook__");
+
+    if (standard == NULL) {
+        PyErr_Clear(); /* then it is not there to be called */
+    }
+    if (hook == Py_None || hook == standard) {
+        Py_CLEAR(hook);
+    }
+    Py_XDECREF(standard);
+    Py_XDECREF(sys);
+    return hook;
 }
 
 /* Report the exception that is set now: once, with its traceback, the stage and the queue id. */
@@ -359,12 +375,12 @@ report_exception(Call *call)
                          : PyUnicode_FromFormat("exception in the %s callback, queue id %U",
                                                 stages[call->stage].name, id);
     Py_XDECREF(id);
-    if (!excepthook_replaced(&hook)) {
+    hook = own_excepthook();
+    if (hook == NULL) {
         log_record("error", message, exception);
         Py_DECREF(exception);
         return;
     }
-    Py_INCREF(hook);
     if (message == NULL) {
         PyErr_Clear(); /* out of memory: without a note then */
     }
@@ -574,6 +590,27 @@ set_stage(ContextObject *context, int stage)
     pthread_mutex_unlock(&context->lock);
 }
 
+/* What is to be called, and its first argument. */
+static void
+find_callback(Call *call)
+{
+    ContextObject *context = call->context;
+    module_state *state = context->state;
+    PyObject *first = (PyObject *)context;
+
+    LOCK_STATE();
+    call->callback = Py_XNewRef(state->callbacks[call->stage]);
+    call->direct = call->callback != NULL && call->callback == state->shortcuts[call->stage];
+    if (call->direct) {
+        first = context->priv != NULL ? context->priv : Py_None;
+    }
+    if (call->callback != NULL) {
+        call->args[1] = Py_NewRef(first);
+        call->count = 1;
+    }
+    UNLOCK_STATE();
+}
+
 /* The way in: attach this thread and find out what is to be called.  True where the callback's
  * arguments are wanted; in any case finish() comes next. */
 static bool
@@ -609,19 +646,10 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
     if (stage == ABORT && !call->context->in_message) {
         return false; /* one abort for a message, and none after its verdict */
     }
-    call->callback = Py_XNewRef(call->context->state->callbacks[stage]);
+    find_callback(call);
     if (call->callback == NULL) {
         call->verdict = without_reply(call) ? SMFIS_NOREPLY : SMFIS_CONTINUE;
         return false;
-    }
-    call->count = 1;
-    if (call->callback == call->context->state->shortcuts[stage]) {
-        PyObject *priv = call->context->priv;
-        call->args[1] = Py_NewRef(priv != NULL ? priv : Py_None);
-        call->direct = true;
-    }
-    else {
-        call->args[1] = Py_NewRef(call->context);
     }
     return true;
 }
@@ -911,9 +939,11 @@ remember(const ContextObject *context)
 {
     size_t place = place_of(context->handle);
 
+    LOCK_STATE();
     agreements[place].handle = context->handle;
     agreements[place].actions = context->actions;
     agreements[place].protocol = context->protocol;
+    UNLOCK_STATE();
 }
 
 void
@@ -921,6 +951,7 @@ recall(ContextObject *context, enum stage stage)
 {
     size_t place = place_of(context->handle);
 
+    LOCK_STATE();
     /* Nothing but CONNECT or an unknown command may follow QUIT_NC; what else comes first is a
      * new connection at an old address. */
     if (agreements[place].handle == context->handle && (stage == CONNECT || stage == UNKNOWN)) {
@@ -928,6 +959,7 @@ recall(ContextObject *context, enum stage stage)
         context->protocol = agreements[place].protocol;
         agreements[place].handle = NULL;
     }
+    UNLOCK_STATE();
 }
 
 /* What is asked for where the application leaves it to us: every action in `actions`, no step
@@ -937,24 +969,24 @@ steps_to_leave_out(const module_state *state)
 {
     unsigned long steps = 0;
 
+    LOCK_STATE();
     for (int i = 0; i < STAGES; i++) {
         if (state->callbacks[i] == NULL) {
             steps |= stages[i].leave_out;
         }
     }
+    UNLOCK_STATE();
     return steps;
 }
 
 /* Hand libmilter the macro lists that setsymlist() collected: it takes one list for a stage. */
 static bool
-send_symlists(ContextObject *context)
+send_symlists(ContextObject *context, PyObject *symlists)
 {
-    PyObject *symlists = context->symlists;
     PyObject *stage, *macros, *space, *joined;
     Py_ssize_t position = 0;
     bool done = true;
 
-    context->symlists = NULL;
     while (symlists != NULL && done && PyDict_Next(symlists, &position, &stage, &macros)) {
         space = PyBytes_FromString(" ");
         joined = space == NULL ? NULL : PyObject_CallMethod(space, "join", "O", macros);
@@ -967,7 +999,6 @@ send_symlists(ContextObject *context)
         Py_XDECREF(joined);
         Py_XDECREF(space);
     }
-    Py_XDECREF(symlists);
     return done;
 }
 
@@ -975,13 +1006,17 @@ send_symlists(ContextObject *context)
 static bool
 read_options(PyObject *options, unsigned long values[4])
 {
-    if (PyList_GET_SIZE(options) < 2) {
+    Py_ssize_t size = PyList_Size(options);
+
+    if (size < 2) {
         PyErr_SetString(PyExc_ValueError, "the negotiate callback left fewer than two options");
         return false;
     }
-    for (Py_ssize_t i = 0; i < 4 && i < PyList_GET_SIZE(options); i++) {
-        values[i] = PyLong_AsUnsignedLongMask(PyList_GET_ITEM(options, i));
-        if (values[i] == (unsigned long)-1 && PyErr_Occurred()) {
+    for (Py_ssize_t i = 0; i < Py_MIN(size, 4); i++) {
+        PyObject *value = PySequence_GetItem(options, i);
+        values[i] = value == NULL ? 0 : PyLong_AsUnsignedLongMask(value);
+        Py_XDECREF(value);
+        if (PyErr_Occurred()) {
             return false;
         }
     }
@@ -1037,7 +1072,7 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     unsigned long values[4] = {actions, protocol, f2, f3};
     bool asked = begin(&call, handle, NEGOTIATE);
     ContextObject *context = call.context;
-    bool lists = false;
+    PyObject *symlists;
 
     if (context == NULL) {
         if (call.attached) {
@@ -1047,10 +1082,11 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     }
     context->offered_actions = context->actions = actions;
     context->protocol = 0;
+    symlists = NULL;
     if (asked) {
         bool answered = ask_application(&call, values);
-        lists = context->symlists != NULL;
-        if (!answered || !send_symlists(context)) {
+        symlists = take_symlists(context);
+        if (!answered || !send_symlists(context, symlists)) {
             take_policy(&call);
         }
     }
@@ -1058,9 +1094,9 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
         values[0] = context->state->flags;
         values[1] = steps_to_leave_out(context->state);
     }
-    Py_CLEAR(context->symlists);
     /* libmilter ends the session where more is asked for than was offered. */
-    values[0] |= lists ? SMFIF_SETSYMLIST : 0;
+    values[0] |= symlists != NULL ? SMFIF_SETSYMLIST : 0;
+    Py_XDECREF(symlists);
     context->actions = *want_actions = values[0] & actions;
     context->protocol = *want_protocol = values[1] & protocol;
     *want_f2 = *want_f3 = 0;
@@ -1102,30 +1138,69 @@ PyDoc_STRVAR(main_doc,
              "Raises error for a call out of order or where libmilter fails, and whatever a\n"
              "signal handler, or sys.exit() in a callback, raised.  libmilter: smfi_main.");
 
+/* Claim the phase STARTING for `call`, which `opens` the socket; the phase before, or -1 with an
+ * exception set. */
+static int
+claim_start(PyObject *module, const char *call, bool opens)
+{
+    module_state *state = state_of(module);
+    bool named, may_start;
+    int before;
+
+    LOCK_STATE();
+    before = filter.phase;
+    named = state->name != NULL;
+    may_start =
+        (before == SETTING_UP || (before == SOCKET_OPEN && !opens)) && named && filter.conn != NULL;
+    if (may_start) {
+        filter.phase = STARTING; /* before anything lets another thread run */
+    }
+    UNLOCK_STATE();
+    if (may_start) {
+        return before;
+    }
+    out_of_order(module, call,
+                 opens && before != SETTING_UP ? "the socket is open already"
+                 : before == STARTING || before == RUNNING
+                     ? "it runs already; there is one filter to a process"
+                 : before == STOPPED
+                     ? "libmilter cannot start again in a process where it was stopped"
+                 : named ? "call setconn() first"
+                         : "call register() first");
+    return -1;
+}
+
+/* What a callback or a handler raised to stop the filter is main()'s to raise. */
+static bool
+raise_what_stopped(module_state *state)
+{
+    PyObject *raised;
+
+    LOCK_STATE();
+    raised = state->raised;
+    state->raised = NULL;
+    UNLOCK_STATE();
+    if (raised != NULL) {
+        raise_exception(raised);
+    }
+    return raised != NULL;
+}
+
 static PyObject *
 milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     module_state *state = state_of(module);
-    enum phase before = filter.phase;
     LocalAddress local = {0};
+    int before = claim_start(module, "main", false);
 
-    if (filter.phase == STARTING || filter.phase == RUNNING) {
-        return out_of_order(module, "main", "it runs already; there is one filter to a process");
-    }
-    if (filter.phase == STOPPED) {
-        return out_of_order(module, "main",
-                            "libmilter cannot start again in a process where it was stopped");
-    }
-    if (state->name == NULL || filter.conn == NULL) {
-        return out_of_order(module, "main",
-                            state->name == NULL ? "call register() first" : "call setconn() first");
+    if (before < 0) {
+        return NULL;
     }
     if (atomic_load(&filter.stop_wanted)) {
         filter.phase = STOPPED;
         stop_listening(&local);
         Py_RETURN_NONE;
     }
-    filter.phase = STARTING; /* claimed before anything lets another thread run */
     if (before != SOCKET_OPEN && open_socket(state, false) < 0) {
         filter.phase = before;
         return NULL;
@@ -1136,13 +1211,7 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
     }
     warn_of_few_descriptors();
     filter.interpreter = PyThreadState_GetInterpreter(PyThreadState_Get());
-    if (run_filter(state) < 0) {
-        return NULL;
-    }
-    if (state->raised != NULL) {
-        PyObject *raised = state->raised;
-        state->raised = NULL;
-        raise_exception(raised);
+    if (run_filter(state) < 0 || raise_what_stopped(state)) {
         return NULL;
     }
     if (!atomic_load(&filter.stop_wanted) && !atomic_load(&filter.forked) &&
@@ -1188,17 +1257,25 @@ may_be_callback(enum stage stage, PyObject *value)
     return false;
 }
 
-static int
+/* Put a callable, or None, in the place of a callback; returns the old one, owned, or NULL. */
+static PyObject *
+exchange_callback(PyObject **place, PyObject *value)
+{
+    PyObject *old, *made = value == Py_None ? NULL : Py_XNewRef(value);
+
+    LOCK_STATE();
+    old = *place;
+    *place = made;
+    UNLOCK_STATE();
+    return old;
+}
+
+static void
 set_given_callback(module_state *state, enum stage stage, PyObject *value)
 {
-    if (!may_be_callback(stage, value)) {
-        return -1;
+    if (value != NULL) {
+        Py_XDECREF(exchange_callback(&state->callbacks[stage], value));
     }
-    if (value == NULL) {
-        return 0;
-    }
-    Py_XSETREF(state->callbacks[stage], value == Py_None ? NULL : Py_NewRef(value));
-    return 0;
 }
 
 /* All of libmilter's callbacks are always ours; which of Python's are set is found out at each
@@ -1255,18 +1332,26 @@ milter_register(PyObject *module, PyObject *args, PyObject *keywords)
         free(copy);
         return NULL;
     }
-    (void)set_given_callback(state, UNKNOWN, unknown);
-    (void)set_given_callback(state, DATA, data);
-    (void)set_given_callback(state, NEGOTIATE, negotiate);
-    free(state->name);
-    state->name = copy;
-    if (describe_filter(copy) != MI_SUCCESS) {
-        free(state->name);
-        state->name = NULL;
-        return out_of_order(module, "smfi_register",
-                            "the header and the library of libmilter "
-                            "are of different versions");
+    LOCK_STATE();
+    if (filter.phase != STARTING && filter.phase != RUNNING) {
+        char *old = state->name;
+        state->name = describe_filter(copy) == MI_SUCCESS ? copy : NULL;
+        copy = state->name == NULL ? copy : NULL;
+        free(old);
     }
+    UNLOCK_STATE();
+    if (copy != NULL) {
+        free(copy);
+        return !before_start(module, "register")
+                   ? NULL
+                   : out_of_order(module, "smfi_register",
+                                  "the header and the library of libmilter are of different "
+                                  "versions");
+    }
+    /* Last, as releasing the old ones may run any Python. */
+    set_given_callback(state, UNKNOWN, unknown);
+    set_given_callback(state, DATA, data);
+    set_given_callback(state, NEGOTIATE, negotiate);
     Py_RETURN_NONE;
 }
 
@@ -1287,6 +1372,7 @@ milter_setconn(PyObject *module, PyObject *value)
     const char *why;
     char advice[300];
     char *copy;
+    bool open, done = false;
 
     if (filter.phase != SETTING_UP) {
         return out_of_order(module, "setconn", "the socket is open already");
@@ -1306,13 +1392,23 @@ milter_setconn(PyObject *module, PyObject *value)
     }
     copy = strdup(PyBytes_AS_STRING(bytes));
     Py_DECREF(bytes);
-    if (copy == NULL || smfi_setconn(copy) != MI_SUCCESS) {
-        free(copy);
+    if (copy == NULL) {
         return PyErr_NoMemory();
     }
-    free(filter.conn);
-    filter.conn = copy;
-    Py_RETURN_NONE;
+    LOCK_STATE();
+    open = filter.phase != SETTING_UP; /* by another thread, meanwhile */
+    if (!open && smfi_setconn(copy) == MI_SUCCESS) {
+        char *old = filter.conn;
+        filter.conn = copy;
+        copy = old;
+        done = true;
+    }
+    UNLOCK_STATE();
+    free(copy);
+    if (open) {
+        return out_of_order(module, "setconn", "the socket is open already");
+    }
+    return done ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
 
 PyDoc_STRVAR(
@@ -1333,14 +1429,9 @@ milter_opensocket(PyObject *module, PyObject *value)
     if (remove_old < 0) {
         return NULL;
     }
-    if (filter.phase != SETTING_UP) {
-        return out_of_order(module, "opensocket", "the socket is open already");
+    if (claim_start(module, "opensocket", true) < 0) {
+        return NULL;
     }
-    if (state->name == NULL || filter.conn == NULL) {
-        return out_of_order(module, "opensocket",
-                            state->name == NULL ? "call register() first" : "call setconn() first");
-    }
-    filter.phase = STARTING;
     if (open_socket(state, remove_old) < 0) {
         filter.phase = SETTING_UP;
         return NULL;
@@ -1428,12 +1519,16 @@ static PyObject *
 milter_setmaxdatasize(PyObject *module, PyObject *value)
 {
     long size = setting(module, "setmaxdatasize", "size", value, 1);
+    size_t old;
 
     if (size < 0) {
         return NULL;
     }
+    LOCK_STATE();
     filter.max_data = (size_t)size;
-    return PyLong_FromSize_t(smfi_setmaxdatasize((size_t)size));
+    old = smfi_setmaxdatasize((size_t)size);
+    UNLOCK_STATE();
+    return PyLong_FromSize_t(old);
 }
 
 PyDoc_STRVAR(set_drain_timeout_doc,
@@ -1454,7 +1549,7 @@ milter_set_drain_timeout(PyObject *module, PyObject *value)
                value);
         return NULL;
     }
-    filter.drain_seconds = seconds;
+    filter.drain_ms = (int)(seconds * 1000);
     Py_RETURN_NONE;
 }
 
@@ -1525,8 +1620,16 @@ PyDoc_STRVAR(
 static PyObject *
 milter_getdiag(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    return Py_BuildValue("(kkll)", atomic_load(&filter.created), atomic_load(&filter.deleted),
-                         atomic_load(&filter.messages), atomic_load(&filter.inside));
+    unsigned long created, deleted;
+    long messages, inside;
+
+    do { /* until nothing changed meanwhile: deleted never gets ahead of created */
+        deleted = atomic_load(&filter.deleted);
+        created = atomic_load(&filter.created);
+        messages = atomic_load(&filter.messages);
+        inside = atomic_load(&filter.inside);
+    } while (deleted != atomic_load(&filter.deleted));
+    return Py_BuildValue("(kkll)", created, deleted, messages, inside);
 }
 
 #define CALLBACK_SETTER(name, STAGE, arguments)                                                    \
@@ -1543,13 +1646,12 @@ milter_getdiag(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 static PyObject *
 replace_callback(PyObject *module, enum stage stage, PyObject *callback)
 {
-    module_state *state = state_of(module);
-    PyObject *old = Py_XNewRef(state->callbacks[stage]);
+    PyObject *old;
 
-    if (set_given_callback(state, stage, callback) < 0) {
-        Py_XDECREF(old);
+    if (!may_be_callback(stage, callback)) {
         return NULL;
     }
+    old = exchange_callback(&state_of(module)->callbacks[stage], callback);
     return old != NULL ? old : Py_NewRef(Py_None);
 }
 
@@ -1578,8 +1680,12 @@ milter__call_objects(PyObject *module, PyObject *functions)
     }
     for (int i = 0; i < STAGES; i++) {
         if (stages[i].method != NAMES) {
-            PyObject *function = PyDict_GetItemString(functions, stages[i].name);
-            Py_XSETREF(state->shortcuts[i], Py_XNewRef(function));
+            PyObject *function = PyMapping_GetItemString(functions, stages[i].name);
+            if (function == NULL) {
+                return NULL;
+            }
+            Py_XDECREF(exchange_callback(&state->shortcuts[i], function));
+            Py_DECREF(function);
         }
     }
     Py_RETURN_NONE;
@@ -1641,13 +1747,24 @@ PyDoc_STRVAR(error_doc, "What libmilter, or a call out of order, fails with.");
 PyDoc_STRVAR(invalid_argument_doc,
              "A value that is refused before libmilter sees it: both an error and a ValueError.");
 
+/* Add an object, which stays the caller's; NULL means that an exception is set. */
+static int
+add_object(PyObject *module, const char *name, PyObject *object)
+{
+    if (object != NULL && PyModule_AddObject(module, name, Py_NewRef(object)) < 0) {
+        Py_DECREF(object); /* taken over only where it was added */
+        return -1;
+    }
+    return object == NULL ? -1 : 0;
+}
+
 static int
 add_exceptions(PyObject *module, module_state *state)
 {
     PyObject *bases;
 
     state->error = PyErr_NewExceptionWithDoc("milter.error", error_doc, NULL, NULL);
-    if (state->error == NULL) {
+    if (add_object(module, "error", state->error) < 0) {
         return -1;
     }
     bases = PyTuple_Pack(2, state->error, PyExc_ValueError);
@@ -1657,19 +1774,32 @@ add_exceptions(PyObject *module, module_state *state)
     state->invalid_argument =
         PyErr_NewExceptionWithDoc("milter.InvalidArgument", invalid_argument_doc, bases, NULL);
     Py_DECREF(bases);
-    if (state->invalid_argument == NULL ||
-        PyModule_AddObject(module, "error", Py_NewRef(state->error)) < 0 ||
-        PyModule_AddObject(module, "InvalidArgument", Py_NewRef(state->invalid_argument)) < 0) {
+    return add_object(module, "InvalidArgument", state->invalid_argument);
+}
+
+static int
+add_types(PyObject *module, module_state *state)
+{
+    PyObject *decoder;
+    int result;
+
+    state->context_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &context_spec, NULL);
+    if (add_object(module, "milterContext", (PyObject *)state->context_type) < 0) {
         return -1;
     }
-    return 0;
+#if PY_VERSION_HEX < 0x030A0000
+    state->context_type->tp_new = NULL; /* no Py_TPFLAGS_DISALLOW_INSTANTIATION yet */
+#endif
+    decoder = PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
+    result = add_object(module, "_Decoder", decoder);
+    Py_XDECREF(decoder);
+    return result;
 }
 
 static int
 milter_exec(PyObject *module)
 {
     module_state *state = state_of(module);
-    PyObject *type;
 
     if (PyInterpreterState_Get() != PyInterpreterState_Main() || filter.phase == RUNNING) {
         PyErr_SetString(PyExc_ImportError,
@@ -1678,26 +1808,15 @@ milter_exec(PyObject *module)
         return -1;
     }
     state->policy = SMFIS_TEMPFAIL;
-    type = PyType_FromModuleAndSpec(module, &context_spec, NULL);
-    state->context_type = (PyTypeObject *)type;
-    if (type == NULL || add_exceptions(module, state) < 0 || add_constants(module) < 0) {
-        return -1;
-    }
-#if PY_VERSION_HEX < 0x030A0000
-    state->context_type->tp_new = NULL; /* no Py_TPFLAGS_DISALLOW_INSTANTIATION yet */
-#endif
-    if (PyModule_AddObject(module, "milterContext", Py_NewRef(type)) < 0) {
-        return -1;
-    }
-    type = PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
-    if (type == NULL || PyModule_AddObject(module, "_Decoder", type) < 0) {
-        return -1;
-    }
     for (int i = 0; i < NAMES; i++) {
         state->names[i] = PyUnicode_InternFromString(names[i]);
         if (state->names[i] == NULL) {
             return -1;
         }
+    }
+    if (add_exceptions(module, state) < 0 || add_types(module, state) < 0 ||
+        add_constants(module) < 0) {
+        return -1;
     }
     filter.state = state;
     return 0;
@@ -1755,6 +1874,9 @@ static PyModuleDef_Slot milter_slots[] = {
     {Py_mod_exec, milter_exec},
 #if PY_VERSION_HEX >= 0x030C0000
     {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
 #endif
     {0, NULL},
 };

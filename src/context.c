@@ -37,8 +37,21 @@ forget_connection(ContextObject *context)
     if (atomic_load(&filter.draining)) {
         wake_main();
     }
-    Py_CLEAR(context->priv); /* breaks the cycle with the application's object */
-    Py_DECREF(context);      /* the reference that libmilter's private pointer owned */
+    Py_XDECREF(swap_priv(context, NULL)); /* breaks the cycle with the application's object */
+    Py_DECREF(context);                   /* the reference that libmilter's pointer owned */
+}
+
+/* The object that the context keeps; returns the one before, owned, or NULL. */
+PyObject *
+swap_priv(ContextObject *context, PyObject *priv)
+{
+    PyObject *old;
+
+    LOCK_STATE();
+    old = context->priv;
+    context->priv = Py_XNewRef(priv);
+    UNLOCK_STATE();
+    return old;
 }
 
 static int
@@ -69,9 +82,7 @@ context_dealloc(PyObject *op)
     PyTypeObject *type = Py_TYPE(op);
 
     PyObject_GC_UnTrack(op);
-    if (self->weakrefs != NULL) {
-        PyObject_ClearWeakRefs(op);
-    }
+    PyObject_ClearWeakRefs(op);
     context_clear(op);
     pthread_mutex_destroy(&self->lock);
     type->tp_free(op);
@@ -781,36 +792,62 @@ PyDoc_STRVAR(
     "for one stage are merged.  sendmail takes at most five.\n\n"
     "Raises error where the MTA did not offer SETSYMLIST.  libmilter: smfi_setsymlist.");
 
+/* The list of a stage's macros, owned; made where there is none. */
+static PyObject *
+symlist_of(ContextObject *self, PyObject *stage)
+{
+    PyObject *known;
+
+    if (self->symlists == NULL && (self->symlists = PyDict_New()) == NULL) {
+        return NULL;
+    }
+    known = PyDict_GetItemWithError(self->symlists, stage);
+    if (known != NULL || PyErr_Occurred()) {
+        return Py_XNewRef(known);
+    }
+    known = PyList_New(0);
+    if (known != NULL && PyDict_SetItem(self->symlists, stage, known) < 0) {
+        Py_CLEAR(known);
+    }
+    return known;
+}
+
 /* Merge macros, a bytes object, into the list of a stage. */
 static bool
 merge_symlist(ContextObject *self, PyObject *stage, PyObject *macros)
 {
-    PyObject *names, *known;
+    PyObject *names = PyObject_CallMethod(macros, "split", NULL);
+    PyObject *known = NULL;
     bool done = false;
 
-    if (self->symlists == NULL && (self->symlists = PyDict_New()) == NULL) {
+    if (names == NULL) {
         return false;
     }
-    names = PyObject_CallMethod(macros, "split", NULL);
-    known = PyDict_GetItemWithError(self->symlists, stage);
-    if (known != NULL) {
-        Py_INCREF(known);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    known = symlist_of(self, stage);
+    done = known != NULL;
+    for (Py_ssize_t i = 0; done && i < PyList_GET_SIZE(names); i++) {
+        PyObject *name = PyList_GET_ITEM(names, i);
+        int there = PySequence_Contains(known, name);
+        done = there >= 0 && (there == 1 || PyList_Append(known, name) == 0);
     }
-    else if (!PyErr_Occurred() && (known = PyList_New(0)) != NULL &&
-             PyDict_SetItem(self->symlists, stage, known) < 0) {
-        Py_CLEAR(known);
-    }
-    if (names != NULL && known != NULL) {
-        done = true;
-        for (Py_ssize_t i = 0; done && i < PyList_GET_SIZE(names); i++) {
-            PyObject *name = PyList_GET_ITEM(names, i);
-            int there = PySequence_Contains(known, name);
-            done = there >= 0 && (there == 1 || PyList_Append(known, name) == 0);
-        }
-    }
-    Py_XDECREF(names);
+    Py_END_CRITICAL_SECTION();
+    Py_DECREF(names);
     Py_XDECREF(known);
     return done;
+}
+
+/* What setsymlist() collected, owned, or NULL. */
+PyObject *
+take_symlists(ContextObject *context)
+{
+    PyObject *symlists;
+
+    Py_BEGIN_CRITICAL_SECTION(context);
+    symlists = context->symlists;
+    context->symlists = NULL;
+    Py_END_CRITICAL_SECTION();
+    return symlists;
 }
 
 static PyObject *
@@ -845,14 +882,11 @@ context_setsymlist(ContextObject *self, PyObject *args, PyObject *keywords)
     return done ? Py_NewRef(Py_None) : NULL;
 }
 
-static bool
-still_open(ContextObject *self)
+static PyObject *
+bad_context(ContextObject *self)
 {
-    if (self->handle == NULL) {
-        PyErr_SetString(self->state->error, "bad context");
-        return false;
-    }
-    return true;
+    PyErr_SetString(self->state->error, "bad context");
+    return NULL;
 }
 
 PyDoc_STRVAR(setpriv_doc,
@@ -862,13 +896,19 @@ PyDoc_STRVAR(setpriv_doc,
 static PyObject *
 context_setpriv(ContextObject *self, PyObject *priv)
 {
-    PyObject *old;
+    PyObject *old = NULL;
+    bool open;
 
-    if (!still_open(self)) {
-        return NULL;
+    LOCK_STATE();
+    open = self->handle != NULL; /* close clears this first: nothing is put into a closed one */
+    if (open) {
+        old = self->priv;
+        self->priv = Py_NewRef(priv);
     }
-    old = self->priv;
-    self->priv = Py_NewRef(priv);
+    UNLOCK_STATE();
+    if (!open) {
+        return bad_context(self);
+    }
     return old != NULL ? old : Py_NewRef(Py_None);
 }
 
@@ -878,10 +918,27 @@ PyDoc_STRVAR(getpriv_doc, "getpriv($self, /)\n--\n\n"
 static PyObject *
 context_getpriv(ContextObject *self, PyObject *Py_UNUSED(ignored))
 {
-    if (!still_open(self)) {
-        return NULL;
+    PyObject *priv;
+
+    if (self->handle == NULL) {
+        return bad_context(self);
     }
-    return Py_NewRef(self->priv != NULL ? self->priv : Py_None);
+    LOCK_STATE();
+    priv = Py_NewRef(self->priv != NULL ? self->priv : Py_None);
+    UNLOCK_STATE();
+    return priv;
+}
+
+static PyObject *
+context_actions(ContextObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(self->actions);
+}
+
+static PyObject *
+context_protocol(ContextObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(self->protocol);
 }
 
 #define KEYWORD_METHOD(name)                                                                       \
@@ -907,11 +964,15 @@ static PyMethodDef context_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyGetSetDef context_getters[] = {
+    {"actions", (getter)context_actions, NULL,
+     "The actions agreed with the MTA: ADDHDRS, CHGBODY, ...", NULL},
+    {"protocol", (getter)context_protocol, NULL,
+     "The protocol options agreed with the MTA: P_SKIP, P_NR_HDR, ...", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyMemberDef context_members[] = {
-    {"actions", T_ULONG, offsetof(ContextObject, actions), READONLY,
-     "The actions agreed with the MTA: ADDHDRS, CHGBODY, ..."},
-    {"protocol", T_ULONG, offsetof(ContextObject, protocol), READONLY,
-     "The protocol options agreed with the MTA: P_SKIP, P_NR_HDR, ..."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(ContextObject, weakrefs), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
@@ -921,13 +982,10 @@ PyDoc_STRVAR(context_doc, "The connection of an MTA, first argument of every cal
                           "error('bad context').");
 
 static PyType_Slot context_slots[] = {
-    {Py_tp_doc, (void *)context_doc},
-    {Py_tp_methods, context_methods},
-    {Py_tp_members, context_members},
-    {Py_tp_traverse, context_traverse},
-    {Py_tp_clear, context_clear},
-    {Py_tp_dealloc, context_dealloc},
-    {0, NULL},
+    {Py_tp_doc, (void *)context_doc},   {Py_tp_methods, context_methods},
+    {Py_tp_members, context_members},   {Py_tp_getset, context_getters},
+    {Py_tp_traverse, context_traverse}, {Py_tp_clear, context_clear},
+    {Py_tp_dealloc, context_dealloc},   {0, NULL},
 };
 
 PyType_Spec context_spec = {

@@ -30,7 +30,9 @@ messages_are_done(void)
 static bool
 contexts_are_closed(void)
 {
-    return atomic_load(&filter.created) == atomic_load(&filter.deleted);
+    unsigned long deleted = atomic_load(&filter.deleted); /* first: it never gets ahead */
+
+    return deleted == atomic_load(&filter.created);
 }
 
 static bool
@@ -85,7 +87,7 @@ wait_until(module_state *state, bool (*done)(void), double deadline)
 static void
 drain(module_state *state)
 {
-    double deadline = monotonic_now() + filter.drain_seconds;
+    double deadline = monotonic_now() + drain_seconds();
     LocalAddress local = {0};
 
     if (atomic_load(&filter.forked)) {
@@ -96,7 +98,7 @@ drain(module_state *state)
     if (!wait_until(state, messages_are_done, deadline)) {
         log_record("warning",
                    PyUnicode_FromFormat("stopped with %ld messages still in progress after %d s",
-                                        atomic_load(&filter.messages), (int)filter.drain_seconds),
+                                        atomic_load(&filter.messages), (int)drain_seconds()),
                    NULL);
     }
     if (atomic_load(&filter.forked)) {
@@ -168,20 +170,20 @@ int
 open_pipe(module_state *state)
 {
     static bool hooked;
+    int ends[2];
 
     if (filter.pipe[0] < 0) {
-        if (pipe(filter.pipe) < 0) {
+        if (pipe(ends) < 0) {
             return raise_os_error(state, errno, "cannot create", "a pipe", "");
         }
         for (int i = 0; i < 2; i++) {
-            fcntl(filter.pipe[i], F_SETFL, O_NONBLOCK);
-            fcntl(filter.pipe[i], F_SETFD, FD_CLOEXEC);
+            fcntl(ends[i], F_SETFL, O_NONBLOCK);
+            fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+            filter.pipe[i] = ends[i];
         }
     }
-    if (!hooked) {
-        hooked = prepare_threads() && pthread_atfork(NULL, NULL, give_back_signals) == 0;
-    }
-    return 0;
+    hooked = hooked || (prepare_threads() && pthread_atfork(NULL, NULL, give_back_signals) == 0);
+    return hooked ? 0 : raise_os_error(state, EAGAIN, "cannot prepare", "threads", "");
 }
 
 /* Registered with atexit: the interpreter goes, libmilter's threads stay.  A filter that runs
@@ -190,7 +192,7 @@ PyObject *
 close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     module_state *state = PyModule_GetState(module);
-    double deadline = monotonic_now() + filter.drain_seconds + CLOSE_SECONDS + 1;
+    double deadline = monotonic_now() + drain_seconds() + CLOSE_SECONDS + 1;
 
     if (filter.phase == RUNNING) {
         atomic_store(&filter.stop_wanted, true);
@@ -214,6 +216,9 @@ PyObject *
 after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return_wakeup_fd();
+#ifdef Py_GIL_DISABLED
+    filter.guard = (PyMutex){0}; /* its holder may not have been forked */
+#endif
     filter.phase = STOPPED;
     for (int i = 0; i < 2; i++) {
         if (filter.pipe[i] >= 0) {

@@ -44,6 +44,21 @@
 #define Py_XNewRef(object) (Py_XINCREF(object), (PyObject *)(object))
 #endif
 
+#if PY_VERSION_HEX < 0x030D0000
+#define Py_BEGIN_CRITICAL_SECTION(op) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+
+/* What the interpreter lock guards where there is one.  Held for a few loads and stores, never
+ * over a call that may run Python, release an object or wait. */
+#ifdef Py_GIL_DISABLED
+#define LOCK_STATE() PyMutex_Lock(&filter.guard)
+#define UNLOCK_STATE() PyMutex_Unlock(&filter.guard)
+#else
+#define LOCK_STATE() ((void)0)
+#define UNLOCK_STATE() ((void)0)
+#endif
+
 /* Limits that libmilter has and does not export (libmilter.h: MAXREPLYLEN, MAXREPLIES). */
 #define MAX_REPLY_LINE 980
 #define MAX_REPLY_LINES 32
@@ -106,7 +121,7 @@ typedef struct {
 
 extern const StageInfo stages[STAGES];
 
-/* What belongs to the module object.  All of it is guarded by the interpreter lock. */
+/* What belongs to the module object.  What changes is guarded by LOCK_STATE(). */
 typedef struct {
     PyObject *error;            /* milter.error */
     PyObject *invalid_argument; /* milter.InvalidArgument: an error and a ValueError */
@@ -116,8 +131,8 @@ typedef struct {
     PyObject *shortcuts[STAGES]; /* see milter__call_objects() */
     PyObject *raised;            /* what main() raises when the filter has drained */
     char *name;                  /* as registered, for replies and reports */
-    unsigned long flags;         /* set_flags() */
-    int policy;                  /* set_exception_policy() */
+    atomic_ulong flags;          /* set_flags() */
+    atomic_int policy;           /* set_exception_policy() */
     bool hooked;                 /* the interpreter calls us at exit and after a fork */
 } module_state;
 
@@ -129,7 +144,10 @@ enum socket_kind { NO_SOCKET, UNIX_SOCKET, INET_SOCKET, INET6_SOCKET, INHERITED_
 typedef struct {
     module_state *state;
     PyInterpreterState *interpreter;
-    enum phase phase; /* guarded by the interpreter lock */
+#ifdef Py_GIL_DISABLED
+    PyMutex guard; /* of LOCK_STATE() */
+#endif
+    atomic_int phase; /* changed under LOCK_STATE() */
 
     char *conn; /* as given to setconn() */
     enum socket_kind kind;
@@ -138,13 +156,13 @@ typedef struct {
     ino_t inode;
     int listener; /* libmilter's listening descriptor, or -1 */
 
-    int pipe[2];             /* wakes main(): anything written to [1] does */
+    atomic_int pipe[2];      /* wakes main(): anything written to [1] does */
     int wakeup_before;       /* the descriptor that the application had set, or -1 */
     bool wakeup_set;         /* Python writes signals to it, guarded likewise */
     sigset_t mask;           /* of the thread that called main() */
     pthread_mutex_t startup; /* held until no signal can get lost: no callback before */
-    double drain_seconds;
-    size_t max_data; /* bytes in a packet, setmaxdatasize() */
+    atomic_int drain_ms;
+    atomic_size_t max_data; /* bytes in a packet, setmaxdatasize() */
 
     /* Read and written by many threads, and by signal handlers. */
     atomic_bool stop_wanted;    /* by stop(), a signal, an exception */
@@ -175,15 +193,17 @@ typedef struct {
     PyObject *symlists;  /* {stage: [macro, ...]} during negotiation, else NULL */
     module_state *state; /* borrowed: the type keeps the module alive */
 
-    pthread_mutex_t lock; /* guards what follows, and libmilter's context itself */
-    SMFICTX *handle;      /* NULL once the connection is closed */
-    int stage;            /* which callback runs now */
+    pthread_mutex_t lock;      /* guards what follows, and libmilter's context itself */
+    _Atomic(SMFICTX *) handle; /* NULL once the connection is closed */
+    int stage;                 /* which callback runs now */
 
-    unsigned long offered_actions;
-    unsigned long actions;  /* SMFIF_*, agreed with the MTA */
-    unsigned long protocol; /* SMFIP_*, agreed with the MTA */
-    bool in_message;        /* a message has begun and has no final verdict yet */
-    char reply_class;       /* '4' or '5' of the reply that waits, or 0 */
+    atomic_ulong offered_actions;
+    atomic_ulong actions;    /* SMFIF_*, agreed with the MTA */
+    atomic_ulong protocol;   /* SMFIP_*, agreed with the MTA */
+    atomic_char reply_class; /* '4' or '5' of the reply that waits, or 0 */
+
+    /* For the thread that runs the callback alone. */
+    bool in_message; /* a message has begun and has no final verdict yet */
     enum debt debt;
     sfsistat owed;
 } ContextObject;
@@ -199,6 +219,7 @@ extern PyType_Spec decoder_spec;
 
 /* values.c: between C and Python, and the checks of arguments */
 void wake_main(void);
+double drain_seconds(void);
 double monotonic_now(void);
 PyObject *take_exception(void);
 void raise_exception(PyObject *exception);
@@ -221,6 +242,8 @@ PyObject *client_address(const _SOCK_ADDR *address);
 bool prepare_threads(void);
 void stop_with_exception(module_state *state);
 void end_message(ContextObject *context);
+PyObject *swap_priv(ContextObject *context, PyObject *priv);
+PyObject *take_symlists(ContextObject *context);
 void lock_context(ContextObject *context);
 void remember(const ContextObject *context);
 void recall(ContextObject *context, enum stage stage);
@@ -232,10 +255,27 @@ unsigned pass_turnstile(int stage);
 bool leave_turnstile(void);
 void judge(enum stage stage, unsigned began);
 #else
-#define enter_turnstile() ((void)0)
-#define pass_turnstile(stage) 0U
-#define leave_turnstile() false
-#define judge(stage, began) ((void)(began))
+static inline void
+enter_turnstile(void)
+{
+}
+
+static inline unsigned
+pass_turnstile(int Py_UNUSED(stage))
+{
+    return 0;
+}
+
+static inline bool
+leave_turnstile(void)
+{
+    return false;
+}
+
+static inline void
+judge(enum stage Py_UNUSED(stage), unsigned Py_UNUSED(began))
+{
+}
 #endif
 
 /* pool.c: libmilter's workers */

@@ -13,6 +13,13 @@ wake_main(void)
     errno = saved;
 }
 
+/* How long messages in progress may take after a stop. */
+double
+drain_seconds(void)
+{
+    return atomic_load(&filter.drain_ms) / 1000.0;
+}
+
 double
 monotonic_now(void)
 {

@@ -492,7 +492,7 @@ PyObject *
 stop_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return Py_BuildValue("(Ndd)", PyBool_FromLong(atomic_load(&filter.stop_wanted)),
-                         filter.drain_seconds, CLOSE_SECONDS);
+                         drain_seconds(), CLOSE_SECONDS);
 }
 
 /* _unique_id(): a number that no process of this filter has given out before. */
