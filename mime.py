@@ -1540,7 +1540,8 @@ class HTMLScriptFilter(SGMLFilter):
             if k < 0:
                 return -1
             if "<" in self.rawdata[i + 1 : k] or self.rawdata[k - 2 : k] != "]]":
-                self.write(_GAP)
+                # In a style sheet a gap would not part what it parts in markup.
+                self.write((self._inner and self.msg) or _GAP)
                 return i + 9
         return super().parse_declaration(i)
 

@@ -83,7 +83,7 @@ class Watch(logging.Handler):
             if isinstance(exception, AttributeError) and str(exception).startswith(NO_OBJECT):
                 return
             found(f"{text}\n{''.join(traceback.format_exception(*record.exc_info))}")
-        elif "libmilter drops that reply" not in text:
+        elif "libmilter drops that reply" not in text and "runs as root" not in text:
             found(f"logged: {record.levelname} {text}")
 
 
