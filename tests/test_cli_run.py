@@ -217,7 +217,7 @@ def test_root_is_given_up_for_good(run: Run, place: Path) -> None:
     made = (place / "run" / "s").stat()
     assert made.st_uid == nobody.pw_uid
     assert made.st_mode & 0o777 == 0o660
-    assert "runs as root" not in filter_.output
+    assert "runs as root" not in filter_.all_output
 
 
 @root_only

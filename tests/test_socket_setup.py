@@ -152,7 +152,7 @@ def test_root_is_given_up_for_good(serve: Run, directory: Path, workers: int) ->
     assert (made.st_uid, made.st_gid) == (nobody.pw_uid, grp.getgrnam("daemon").gr_gid)
     status = Path(f"/proc/{filter_.pid}/status").read_text()
     assert re.search(r"^CapPrm:\s*0+$", status, re.MULTILINE)
-    assert "runs as root" not in filter_.output
+    assert "runs as root" not in filter_.all_output
     assert filter_.stop() == 0
 
 

@@ -53,11 +53,6 @@ def stopped(pid: int) -> bool:
     return all("State:\tT" in (task / "status").read_text() for task in tasks)
 
 
-def besides_root(filter_):
-    """What a filter wrote, but for what one is told that runs as root, as tests may."""
-    return "\n".join(line for line in filter_.output.split("\n") if "runs as root" not in line)
-
-
 def workers_of(filter_, count: int) -> list[int]:
     """Wait until so many workers serve."""
     wait_until(lambda: len(children(filter_.pid)) == count, f"{count} workers")
@@ -158,7 +153,7 @@ def test_messages_pass_and_the_program_runs_on_in_one_process_only(run_filter, w
     assert {line for line in lines if "exit of" in line} == {f"exit of {pid}" for pid in pids}
     assert [line for line in lines if "finally" in line] == [f"finally in {filter_.pid}"]
     assert lines.count(f"end of the program in {filter_.pid}") == 1
-    assert "WARNING" not in besides_root(filter_) and "ERROR" not in filter_.output
+    assert "WARNING" not in filter_.output and "ERROR" not in filter_.output
     if where.startswith("unix"):
         assert not os.path.exists(where[5:])
 
@@ -374,7 +369,7 @@ def test_stop_in_a_callback_stops_all(run_filter):
     with contextlib.closing(filter_.mta()) as mta:
         assert mta.send(MESSAGE, sender="<stop@example.com>", recipients=RECIPIENTS).accepted
     assert filter_.wait() == 0
-    assert "WARNING" not in besides_root(filter_)
+    assert "WARNING" not in filter_.output
 
 
 def test_exit_in_a_callback_stops_all_with_its_status(run_filter):
