@@ -362,18 +362,74 @@ own_excepthook(void)
     return hook;
 }
 
+/* Text of the MTA for one line of a log: short, and with nothing that could begin another. */
+static PyObject *
+text_for_log(const char *text)
+{
+    char line[201];
+    size_t size = 0;
+
+    for (; text[size] != '\0' && size < sizeof line - 1; size++) {
+        line[size] = (unsigned char)text[size] < ' ' || text[size] == 0x7F ? '?' : text[size];
+    }
+    return text_from(line, size);
+}
+
+/* Remember who the client is, for reports, where the MTA sends no macro that tells it. */
+static void
+keep_client(Call *call, const char *hostname, const _SOCK_ADDR *address)
+{
+    char where[INET6_ADDRSTRLEN] = "", line[NI_MAXHOST + sizeof where + 4];
+
+    if (smfi_getsymval(call->handle, "_") != NULL ||
+        smfi_getsymval(call->handle, "{client_addr}") != NULL) {
+        return;
+    }
+    if (address != NULL && address->sa_family == AF_INET) {
+        inet_ntop(AF_INET, &((const struct sockaddr_in *)address)->sin_addr, where, sizeof where);
+    }
+    else if (address != NULL && address->sa_family == AF_INET6) {
+        inet_ntop(AF_INET6, &((const struct sockaddr_in6 *)address)->sin6_addr, where,
+                  sizeof where);
+    }
+    snprintf(line, sizeof line, where[0] != '\0' ? "%s [%s]" : "%s%s", hostname, where);
+    free(call->context->client);
+    call->context->client = strdup(line); /* NULL is no matter */
+}
+
+static PyObject *
+client_for_log(const Call *call)
+{
+    const char *both = smfi_getsymval(call->handle, "_");
+    const char *name = smfi_getsymval(call->handle, "{client_name}");
+    const char *address = smfi_getsymval(call->handle, "{client_addr}");
+    char line[NI_MAXHOST + INET6_ADDRSTRLEN + 4];
+
+    if (both == NULL && address != NULL) {
+        snprintf(line, sizeof line, "%s [%s]", name != NULL ? name : "unknown", address);
+        both = line;
+    }
+    if (both == NULL && call->context != NULL) {
+        both = call->context->client;
+    }
+    return text_for_log(both != NULL ? both : "unknown");
+}
+
 /* Report the exception that is set now: once, with its traceback, the stage and the queue id. */
 static void
 report_exception(Call *call)
 {
-    PyObject *hook, *exception, *message, *done, *traceback, *id = NULL;
+    PyObject *hook, *exception, *message, *done, *traceback, *id, *client;
     const char *queue_id = smfi_getsymval(call->handle, "i");
 
     exception = take_exception();
-    id = queue_id != NULL ? text_from(queue_id, strlen(queue_id)) : PyUnicode_FromString("unknown");
-    message = id == NULL ? NULL
-                         : PyUnicode_FromFormat("exception in the %s callback, queue id %U",
-                                                stages[call->stage].name, id);
+    id = text_for_log(queue_id != NULL ? queue_id : "unknown");
+    client = id == NULL ? NULL : client_for_log(call);
+    message = client == NULL
+                  ? NULL
+                  : PyUnicode_FromFormat("exception in the %s callback, queue id %U, client %U",
+                                         stages[call->stage].name, id, client);
+    Py_XDECREF(client);
     Py_XDECREF(id);
     hook = own_excepthook();
     if (hook == NULL) {
@@ -757,6 +813,7 @@ on_connect(SMFICTX *handle, char *hostname, _SOCK_ADDR *address)
     Call call;
 
     if (begin(&call, handle, CONNECT)) {
+        keep_client(&call, hostname, address);
         add_argument(&call, text_from(hostname, strlen(hostname)));
         add_argument(&call, PyLong_FromLong(address != NULL ? address->sa_family : 0));
         add_argument(&call, client_address(address));
@@ -952,9 +1009,9 @@ recall(ContextObject *context, enum stage stage)
     size_t place = place_of(context->handle);
 
     LOCK_STATE();
-    /* Nothing but CONNECT or an unknown command may follow QUIT_NC; what else comes first is a
-     * new connection at an old address. */
-    if (agreements[place].handle == context->handle && (stage == CONNECT || stage == UNKNOWN)) {
+    /* A session after QUIT_NC begins with CONNECT; what else comes first is a new connection at
+     * an old address, or an MTA that does not care what it is told. */
+    if (stage == CONNECT && agreements[place].handle == context->handle) {
         context->actions = agreements[place].actions;
         context->protocol = agreements[place].protocol;
         agreements[place].handle = NULL;

@@ -85,6 +85,7 @@ context_dealloc(PyObject *op)
     PyObject_ClearWeakRefs(op);
     context_clear(op);
     pthread_mutex_destroy(&self->lock);
+    free(self->client);
     type->tp_free(op);
     Py_DECREF(type);
 }

@@ -203,6 +203,7 @@ typedef struct {
     atomic_char reply_class; /* '4' or '5' of the reply that waits, or 0 */
 
     /* For the thread that runs the callback alone. */
+    char *client;    /* for reports, where no macro tells it, or NULL */
     bool in_message; /* a message has begun and has no final verdict yet */
     enum debt debt;
     sfsistat owed;
@@ -321,6 +322,7 @@ int run_filter(module_state *state);
 /* workers.c: one filter as several processes */
 void prepare_door(sigset_t *mask);
 void be_listener(void);
+void open_the_door(void);
 void count_connection(int change);
 bool others_listen(void);
 bool leave_socket(LocalAddress *local);

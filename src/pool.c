@@ -61,6 +61,7 @@ nudge(void)
     watch.next_pause = helped ? 1 : Py_MIN(2 * watch.next_pause + 1, MAX_PAUSE);
     watch.pause = watch.next_pause;
     watch.workers = workers;
+    open_the_door(); /* with several processes on the socket, another may take a nudge */
     for (int i = 0; i < watch.nudges; i++) {
         poke_listener();
     }

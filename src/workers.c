@@ -199,6 +199,17 @@ settle(void)
     return open;
 }
 
+/* Take part in accepting, whatever the share; until the number of connections changes. */
+void
+open_the_door(void)
+{
+    if (me != NULL) {
+        pthread_mutex_lock(&door);
+        move_door(true);
+        pthread_mutex_unlock(&door);
+    }
+}
+
 /* Nobody has taken what waits: let us do it, and not wait for the same workers again. */
 static void
 stand_in(void)
@@ -211,9 +222,7 @@ stand_in(void)
             atomic_store(&other->slow, true);
         }
     }
-    pthread_mutex_lock(&door);
-    move_door(true);
-    pthread_mutex_unlock(&door);
+    open_the_door();
 }
 
 static bool

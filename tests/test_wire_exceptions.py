@@ -11,6 +11,7 @@ from wire_support import Session, session
 from Milter.mta import FilterClosed, Offer, SmtpReply, Step, Verdict
 
 SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in scripted",))
+CLIENT = "client localhost [127.0.0.1]"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_the_report_has_traceback_stage_and_queue_id(scripted: Any) -> None:
         each.mta.rcpt("<c@d>")
         assert each.mta.data().smtp == SOFT
     lines = each.log().split("\n")
-    assert lines[0] == "exception in the data callback, queue id 4XyZ"
+    assert lines[0] == f"exception in the data callback, queue id 4XyZ, {CLIENT}"
     assert lines[1] == "Traceback (most recent call last):"
     assert any(line.endswith("in inner") for line in lines)
     assert lines[-1] == f"KeyError: '{each.tag}'"
@@ -57,7 +58,7 @@ def test_the_report_is_a_record_of_the_logger_milter(run_filter: Callable[..., A
     with session(running, eom="raise ValueError('100% of it')") as each:
         each.message()
     expected = (
-        *("milter", "ERROR", "exception in the eom callback, queue id unknown"),
+        *("milter", "ERROR", f"exception in the eom callback, queue id unknown, {CLIENT}"),
         *("ValueError", "100% of it", True),
     )
     assert each.log() == f"negotiate {expected!r}"
@@ -80,7 +81,7 @@ def test_the_report_goes_to_a_replaced_excepthook(run_filter: Callable[..., Any]
         assert each.message().smtp == SOFT
     notes = None
     if sys.version_info >= (3, 11):
-        notes = ["exception in the eom callback, queue id unknown"]
+        notes = [f"exception in the eom callback, queue id unknown, {CLIENT}"]
     assert each.log() == f"negotiate {('ValueError', 'seen', True, notes)!r}"
 
 
