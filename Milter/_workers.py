@@ -157,6 +157,7 @@ class _Worker:
         self.pidfd = -1
         self.lifeline = -1
         self.ready_at: float | None = None
+        self.ever_ready = False  # this process or one before
         self.failures = 0  # deaths at once, in a row
         self.due = 0.0  # when to start the next
         self.asked_to_stop = False  # it asked for the filter's stop
@@ -183,7 +184,7 @@ class _Supervisor:
         self._on_beat = on_beat
         self._beat = beat
         self._next_beat: float | None = None
-        self._all_were_ready = False
+        self._told_of_ready = False
         self._stop = False
         self._stopping = False
         self._deadline = 0.0
@@ -302,9 +303,9 @@ class _Supervisor:
                     _send(worker, number)
 
     def _tell_of_ready(self, now: float) -> None:
-        if self._all_were_ready or any(worker.ready_at is None for worker in self._workers):
+        if self._told_of_ready or not self._all_were_ready:
             return
-        self._all_were_ready = True
+        self._told_of_ready = True
         if self._on_ready is not None:
             self._on_ready()
         if self._beat is not None:
@@ -391,6 +392,11 @@ class _Supervisor:
 
     # --- ending -----------------------------------------------------------------------------
 
+    @property
+    def _all_were_ready(self) -> bool:
+        # Not all at one time: the first may be gone before the last is there.
+        return all(worker.ever_ready for worker in self._workers)
+
     def _read_reports(self) -> None:
         data = _read(self._reports[0])
         for what, pid in _REPORT.iter_unpack(data):
@@ -398,6 +404,7 @@ class _Supervisor:
                 if worker.pid == pid:
                     if what == b"r":
                         worker.ready_at = time.monotonic()
+                        worker.ever_ready = True
                         _log.info("%s serves", worker)
                     else:
                         worker.asked_to_stop = True
