@@ -74,7 +74,11 @@ def main() -> int:
             filter_.terminate()
             filter_.wait(20)
     shares = sorted(with_ / without - 1 for without, with_ in pairs)
-    print(f"median {statistics.median(shares):+.2%}, from {shares[0]:+.2%} to {shares[-1]:+.2%}")
+    quarter = len(shares) // 4
+    print(
+        f"median {statistics.median(shares):+.2%}, half of all between "
+        f"{shares[quarter]:+.2%} and {shares[-quarter - 1]:+.2%}"
+    )
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from integration import injection
 from integration.case import Case, Filter
 from integration.cases import (
     bodies,
@@ -30,6 +31,8 @@ WAITING = Case(
     filter=Filter(on={"eoh": lambda f: time.sleep(600)}),
 )
 _BY_NAME[WAITING.name] = WAITING
+# Nor are these: test_injection.py is about what comes of them.
+_BY_NAME.update((case.name, case) for case in injection.CASES)
 
 
 def by_name(name: str) -> Case:
