@@ -97,12 +97,12 @@ for _name in __all__:
     _show_here(globals()[_name])
 del _name
 
-__all__ += [name for name in vars(milter) if not name.startswith("_")]
-
 if TYPE_CHECKING:
+    __all__ += milter.__all__
     __version__: str
     _seq: int
 else:
+    __all__ += [name for name in vars(milter) if not name.startswith("_")]
 
     def __getattr__(name):
         """Read what is not fixed when the package is imported."""

@@ -314,7 +314,7 @@ class Base(milter._Decoder):
     # Negotiation.
 
     @classmethod
-    def protocol_mask(klass) -> int:
+    def protocol_mask(cls) -> int:
         """The protocol steps that this class has no use for, to be cleared from the MTA's offer.
 
         It is worked out once for each class, from its own callbacks and decorators and the
@@ -325,17 +325,17 @@ class Base(milter._Decoder):
         Returns:
             A mask of P_* flags, for ``offer & ~mask``.
         """
-        mask: int | None = vars(klass).get("_protocol_mask")
+        mask: int | None = vars(cls).get("_protocol_mask")
         if mask is None:
-            mask = ALL_STEPS & ~(klass._enabled_steps() | callback_steps(klass))
-            klass._protocol_mask = mask
+            mask = ALL_STEPS & ~(cls._enabled_steps() | callback_steps(cls))
+            cls._protocol_mask = mask
         return mask
 
     @classmethod
-    def _enabled_steps(klass) -> int:
+    def _enabled_steps(cls) -> int:
         """P_SKIP and the steps that enable_protocols turned on, here or in a base class."""
         steps = milter.P_SKIP
-        for base in klass.__mro__:
+        for base in cls.__mro__:
             steps |= vars(base).get(ENABLED_MARK, 0)
         return steps
 

@@ -152,13 +152,13 @@ class RewriteBody(Milter.Base):
             self.leave_alone(why)
         return Milter.CONTINUE
 
-    def body(self, chunk: bytes) -> int:
-        if not self.alone and len(self.body_so_far) + len(chunk) > self.max_size:
+    def body(self, blk: bytes) -> int:
+        if not self.alone and len(self.body_so_far) + len(blk) > self.max_size:
             self.leave_alone(f"larger than {self.max_size} bytes")
         if self.alone:
             # Spares the MTA the rest, where it can be told so.
             return Milter.SKIP if self._protocol & Milter.P_SKIP else Milter.CONTINUE
-        self.body_so_far += chunk
+        self.body_so_far += blk
         return Milter.CONTINUE
 
     def eom(self) -> int:
