@@ -24,6 +24,8 @@ log = logging.getLogger("milter.cache")
 
 _DAY = 86400.0
 _PRUNE_FROM = 1024
+#: Strangers choose the addresses, so there has to be an end to them.
+MAX_ENTRIES = 100_000
 
 
 class _Entry(NamedTuple):
@@ -41,6 +43,9 @@ class AddrCache:
     to, and read by ``load`` only.  Objects may be used by many threads, and one file by many
     processes.
 
+    At *max_entries* in memory a quarter of them is forgotten, the oldest first; entries that are
+    there for good do not count, and lines of the file stay.
+
     >>> cache = AddrCache(renew=7)
     >>> cache["Spammer@Example.com"] = "550"
     >>> cache["spammer@example.com"], "other@example.com" in cache
@@ -52,12 +57,21 @@ class AddrCache:
 
     time_format = "%Y%b%d %H:%M:%S %Z"
 
-    def __init__(self, renew: float = 7, fname: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        renew: float = 7,
+        fname: str | os.PathLike[str] | None = None,
+        *,
+        max_entries: int = MAX_ENTRIES,
+    ) -> None:
+        if max_entries < 1:
+            raise ValueError(f"max_entries must be positive, not {max_entries!r}")
         self.age = renew
+        self.max_entries = max_entries
         self.cache: dict[str, _Entry] = {}
         self.fname = fname
         self._lock = threading.RLock()
-        self._prune_at = _PRUNE_FROM
+        self._prune_at = min(_PRUNE_FROM, max_entries)
 
     def load(self, fname: str | os.PathLike[str], age: float = 0) -> None:
         """Read the entries of *fname* in place of those in memory and keep it as the cache's file.
@@ -80,7 +94,7 @@ class AddrCache:
                     lines, entries, dropped = self._read(name, age or self.age)
                     self._rewrite(name, lines)
             self.cache = entries
-            self._prune_at = max(_PRUNE_FROM, 2 * len(entries))
+            self._prune()
 
     def _read(self, fname: str, age: float) -> tuple[list[str], dict[str, _Entry], int]:
         """The lines of the file to keep, their entries, and how many lines are to go."""
@@ -188,8 +202,14 @@ class AddrCache:
     def _prune(self) -> None:
         """Forget what expired, so that senders made up once and never again do not pile up."""
         now = time.time()
-        self.cache = {key: e for key, e in self.cache.items() if not self._expired(e, now)}
-        self._prune_at = max(_PRUNE_FROM, 2 * len(self.cache))
+        kept = {key: e for key, e in self.cache.items() if not self._expired(e, now)}
+        dated = sorted((e.stored, key) for key, e in kept.items() if e.stored is not None)
+        full = len(kept) - len(dated) + self.max_entries
+        if len(dated) >= self.max_entries:
+            for _, key in dated[: len(dated) - 3 * self.max_entries // 4]:
+                del kept[key]
+        self.cache = kept
+        self._prune_at = min(max(_PRUNE_FROM, 2 * len(kept)), full)
 
     def _append(self, *fields: str) -> None:
         """Add a line to the file, unless the address in it would read back as something else."""

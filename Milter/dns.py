@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     import dns.rdata
     import dns.resolver
 
-__all__ = ["MAX_CNAME", "DNSError", "DNSLookup", "Session"]
+__all__ = ["MAX_CACHED", "MAX_CNAME", "DNSError", "DNSLookup", "Session"]
 
 #: The longest chain of CNAME records that is followed.
 MAX_CNAME = 10
+
+#: How many answers a session remembers; whose servers answer, strangers choose.
+MAX_CACHED = 1000
 
 #: How long one look-up may take in seconds, all servers and repetitions included.
 TIMEOUT = 20.0
@@ -227,6 +230,8 @@ class Session:
             known = self._ask(owner, qtype, [*(cnames or ()), owner], timeout)
             if (qtype, qtype) in self.SAFE2CACHE:
                 self.cache[owner, qtype] = known
+                while len(self.cache) > MAX_CACHED:
+                    del self.cache[next(iter(self.cache))]
         return list(known)
 
     def dns_txt(self, domainname: str, enc: str | None = "ascii") -> list[str]:

@@ -129,6 +129,37 @@ def test_expired_entries_do_not_pile_up(clock, monkeypatch):
     assert "u999@example.com" in cache
 
 
+@pytest.mark.parametrize("size", [1, 5, 400, 2000])
+def test_strangers_cannot_fill_the_memory(clock, size):
+    cache = AddrCache(max_entries=size)
+    for number in range(10):
+        cache.addperm(f"kept{number}@example.com", 1)
+    for number in range(5000):
+        cache[f"u{number}@example.com"] = number
+        assert len(cache) <= size + 10
+        if size > 1:
+            assert cache[f"u{number}@example.com"] == number
+        clock(1e-9)
+    assert all(f"kept{number}@example.com" in cache for number in range(10))
+    assert len(cache) >= 3 * size // 4
+    assert "u0@example.com" not in cache
+
+
+def test_nor_those_who_come_at_one_time():
+    cache = AddrCache(max_entries=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: 1e9)
+        for number in range(1000):
+            cache[f"u{number}@example.com"] = 1
+            assert len(cache) <= 100
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_cache_of_nothing(size):
+    with pytest.raises(ValueError, match="max_entries must be positive"):
+        AddrCache(max_entries=size)
+
+
 def test_only_none_goes_to_the_file(path):
     cache = AddrCache(fname=str(path))
     cache["Foo@Bar.com"] = None

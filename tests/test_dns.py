@@ -339,6 +339,24 @@ def test_a_replaced_lookup_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.dns_txt("a.test") == ["xy"]
 
 
+def test_a_session_remembers_so_many_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def look_up(name: str, qtype: str) -> list[tuple[tuple[str, str], str]]:
+        asked.append(name)
+        return [((name, qtype), "192.0.2.1")]
+
+    monkeypatch.setattr(Milter.dns, "DNSLookup", look_up)
+    session = Milter.dns.Session()
+    for number in range(Milter.dns.MAX_CACHED + 50):
+        assert session.dns(f"h{number}.test", "A") == ["192.0.2.1"]
+        assert len(session.cache) <= Milter.dns.MAX_CACHED
+    session.dns(f"h{number}.test", "A")
+    assert asked.count(f"h{number}.test") == 1
+    session.dns("h0.test", "A")
+    assert asked.count("h0.test") == 2
+
+
 def test_the_cache_answers_in_under_5_microseconds() -> None:
     session = Session()
     session.cache["mail.example.com", "A"] = ["192.0.2.1"]
