@@ -839,7 +839,7 @@ class MimeMessage(Message):
     def as_bytes(self, unixfrom: bool = False, policy: Any = None) -> bytes:
         """The whole message as bytes; what was not modified exactly as it was read.
 
-        `unixfrom`: begin with a ``From `` line where there is none.  A `policy` makes the
+        `unixfrom`: begin with a ``From`` line where there is none.  A `policy` makes the
         standard generator write everything anew.
         """
         if policy is not None:

@@ -588,7 +588,7 @@ class SGMLParser:
         self.finish_endtag(tag)
 
     def finish_starttag(self, tag: str, attrs: list[tuple[str, str]]) -> int:
-        """Call the method for a start tag: 1 for start_, 0 for do_, -1 where there is none."""
+        """Call a start tag's method: 1 for ``start_``, 0 for ``do_``, -1 where there is none."""
         method = getattr(self, "start_" + tag, None)
         if method is not None:
             self.stack.append(tag)
