@@ -117,6 +117,9 @@ def test_every_public_name_of_the_package_is_in_the_reference():
     text = (DOCS / "reference" / "milter-package.md").read_text("utf-8")
     own = [name for name in Milter.__all__ if not hasattr(milter, name) and name != "milter"]
     assert [name for name in own if f"Milter.{name}" not in text] == []
+    listed = text.partition("Milter.Base\n")[2].partition("\n\n")[0]
+    members = [name for name in vars(Milter.Base) if not name.startswith("_")]
+    assert [name for name in members if not re.search(rf"\b{name}\b", listed)] == []
     constants = (DOCS / "reference" / "milter-module.md").read_text("utf-8")
     names = [name for name, value in vars(milter).items() if isinstance(value, int)]
     assert [name for name in names if f"`{name}`" not in constants] == []
