@@ -750,7 +750,8 @@ context_setreply(ContextObject *self, PyObject *args, PyObject *keywords)
         return NULL;
     }
     if (given - 2 > MAX_REPLY_LINES) {
-        refuse(self->state, "setreply", "msg", "a reply has at most 32 lines", args);
+        PyErr_Format(self->state->invalid_argument,
+                     "setreply: msg: a reply has at most 32 lines: %zd were given", given - 2);
         code = enhanced = NULL;
         goto exit;
     }

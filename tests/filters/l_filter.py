@@ -93,6 +93,9 @@ def child_that_waits(_: str) -> None:
             say("child", os.getpid())
             while True:
                 time.sleep(0.02)  # a signal just before a long one would not end it
+                # CPython 3.13 does not look for signals between two instructions where another
+                # thread than the main one forked; this call does.
+                signal.pthread_kill(threading.get_ident(), 0)
         except KeyboardInterrupt:
             os._exit(130)
         finally:
