@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -312,6 +313,39 @@ def format_goals(goals: Sequence[Goal]) -> str:
     return plain_table(GOAL_HEAD, rows, lambda place: place in (0, 3))
 
 
+# --- the model --------------------------------------------------------------------------------
+
+TARGET = 1_000_000 / 60  # messages/s: a million in a minute
+CALLBACKS = 28  # of a message of the benchmark
+BUSY = 0.6  # how much of a core is planned for; the rest is for bursts and the MTA's own
+CORES = (2, 4, 8, 16)  # of a host
+
+MODEL_HEAD = ["workload", "CPU ms/message", "messages/s and core", "cores in all"]
+MODEL_HEAD += [f"hosts of {cores}" for cores in CORES]
+
+
+def model_rows(results: Results) -> list[Row]:
+    """How many cores and hosts a million messages a minute take, by what one message costs.
+
+    Processes on one host, and hosts behind a balancer, share nothing but what the application
+    shares: the CPU time of a message is taken as the same on each.
+    """
+    rows = []
+    for key in ("noop/unix/16", "noop/tcp/16", "parse/unix/16"):
+        cost = median(results, key, "ours", "cpu_per_callback")
+        if cost is None:
+            continue
+        seconds = cost * CALLBACKS * 1e-6
+        cores = TARGET * seconds / BUSY
+        rows.append(
+            [
+                *(key, f"{seconds * 1e3:.2f}", f"{BUSY / seconds:,.0f}", f"{cores:,.0f}"),
+                *(f"{math.ceil(cores / each):,}" for each in CORES),
+            ]
+        )
+    return rows
+
+
 # --- the page ---------------------------------------------------------------------------------
 
 
@@ -336,6 +370,13 @@ def page_section(results: Results, goals: Sequence[Goal]) -> str:
         parts += [
             "### Memory",
             markdown_table(MEMORY_HEAD, memory, lambda place: place == 0),
+        ]
+    model = model_rows(results)
+    if model:
+        parts += [
+            "### A million messages a minute",
+            f"Worker processes on all cores, {BUSY:.0%} of each in use, by the above.",
+            markdown_table(MODEL_HEAD, model, lambda place: place == 0),
         ]
     return "\n\n".join(parts)
 
