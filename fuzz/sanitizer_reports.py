@@ -21,7 +21,8 @@ MODULE = re.compile(
 # where LeakSanitizer does not look (see scripts/test-sanitizers).  And libmilter's copy of the
 # filter's name, which it forgets at the next smfi_register().
 NO_LEAK = re.compile(
-    r"(?:Direct|Indirect) leak of .*\n +#0 .*\n +#1 \S+ in (?:__cxa_thread_atexit_impl|smfi_register)"
+    r"(?:Direct|Indirect) leak of .*\n +#0 .*\n +#1 \S+ in "
+    r"(?:__cxa_thread_atexit_impl|smfi_register)"
 )
 # Where a report, or one leak of a report, begins.
 BEGIN = re.compile(
