@@ -1,0 +1,412 @@
+"""What goes wrong around a filter and inside it, and what becomes then of the connection, of its
+message, and of the others.
+
+Beside what is here: memory, test_faults_memory; exceptions at each stage, test_wire_exceptions,
+test_wire_verdicts, test_wire_noreply and test_objects_wire; sys.exit() and KeyboardInterrupt,
+test_lifecycle_calls; a callback that does not return while the filter is stopped,
+test_lifecycle_drain; the program's end with live connections, test_lifecycle_exit; fork in a
+callback, test_lifecycle_calls and test_lifecycle_signals; a context that is closed,
+test_wire_callbacks; a killed filter behind real MTAs, integration/test_crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+from conftest import WAIT, python_command
+from lifecycle_support import wait_until
+from wire_support import Session, session
+
+from Milter.mta import MTA, FilterClosed, FilterTimeout, MTAError, Offer, Verdict
+
+Run = Callable[..., Any]
+MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
+
+needs_faults = pytest.mark.skipif(
+    not faults.possible(), reason="system calls cannot be made to fail here"
+)
+
+
+def passes(running: Any) -> None:
+    """An honest connection is served in full."""
+    with session(running) as each:
+        assert each.message().verdict is Verdict.CONTINUE
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> faults.Faults:
+    made = faults.Faults(tmp_path)
+    del made.env["PYTHONMALLOC"]
+    return made
+
+
+# --- threads -----------------------------------------------------------------------------------
+
+
+@needs_faults
+@pytest.mark.parametrize("first", [1, 2, 3, 4])
+def test_no_thread_when_the_filter_starts(
+    run_filter: Run, faulty: faults.Faults, first: int
+) -> None:
+    """It says so and ends, or serves with fewer; it never hangs."""
+    with faulty.failing(faults.THREADS, first, faults.ALWAYS):
+        running = run_filter("w_scripted", env=faulty.env)
+        wait_until(
+            lambda: running.process.poll() is not None or faulty.seen >= first,
+            "nothing fails",
+        )
+        if first == 1:
+            assert running.wait() == 1
+            assert "Traceback" in running.output
+            return
+    deadline = time.monotonic() + WAIT
+    while running.process.poll() is None:
+        with contextlib.suppress(MTAError, OSError):
+            with running.mta(wait_for=0.1, timeout=1) as mta:
+                mta.connect_info("client.example.com")
+            break
+        assert time.monotonic() < deadline, "it lives and serves nobody"
+    if running.process.poll() is None:
+        passes(running)
+        assert running.stop() == 0
+    else:
+        assert running.wait() != 0
+
+
+@needs_faults
+def test_no_thread_while_the_filter_serves(run_filter: Run, faulty: faults.Faults) -> None:
+    """Those that are there serve the connections that they get.
+
+    libmilter never answers a connection for which it could not create a thread, and the MTA's own
+    time-out ends it.
+    """
+    running = run_filter("w_scripted", env=faulty.env)
+    passes(running)
+    served = 0
+    with contextlib.ExitStack() as stack:
+        with faulty.failing(faults.THREADS, 1, faults.ALWAYS):
+            for _ in range(8):
+                with contextlib.suppress(FilterTimeout):
+                    mta = stack.enter_context(running.mta(offer=Offer(), timeout=1))
+                    assert Session(running, mta, {}).message().verdict is Verdict.CONTINUE
+                    served += 1
+            assert faulty.seen > 0
+        assert served > 0
+        passes(running)
+    assert running.stop() == 0
+
+
+# --- descriptors -------------------------------------------------------------------------------
+
+
+def test_no_descriptor_left(run_filter: Run) -> None:
+    """Connections wait then; those that are open go on, and once one ends the next is served."""
+    running = run_filter("w_scripted")
+    passes(running)
+    used = len(os.listdir(f"/proc/{running.pid}/fd"))
+    _, most = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 8, most))
+    served: list[MTA] = []
+    with contextlib.ExitStack() as stack:
+        with pytest.raises((MTAError, OSError)):
+            for _ in range(16):
+                served.append(stack.enter_context(running.mta(offer=Offer(), timeout=1)))
+        assert served
+        for mta in served:
+            assert Session(running, mta, {}).message().verdict is Verdict.CONTINUE
+    passes(running)
+    assert running.stop() == 0
+
+
+# --- the disk ----------------------------------------------------------------------------------
+
+DISK = """
+import os, sqlite3, sys
+sys.path.insert(0, sys.argv[1])
+import faults
+from Milter.cache import AddrCache
+from Milter.greylist import Greylist
+
+tell = faults.Told(os.environ["FAULTS"])
+directory = sys.argv[2]
+cache = AddrCache(fname=directory + "/cache")
+cache["before@example.com"] = None
+grey = Greylist(directory + "/grey", 0, 1, 1)
+grey.check("192.0.2.1", "<before@example.com>", "<b@example.org>")
+
+tell.arm(faults.WRITES, 1, faults.ALWAYS)
+for name, call in [
+    ("cache", lambda: cache.__setitem__("during@example.com", None)),
+    ("grey", lambda: grey.check("192.0.2.1", "<during@example.com>", "<b@example.org>")),
+]:
+    try:
+        call()
+    except (OSError, sqlite3.Error) as exc:
+        print(name, "refused")
+    else:
+        print(name, "went on")
+tell.disarm()
+print("calls", tell.seen)
+cache["after@example.com"] = None
+grey.check("192.0.2.1", "<after@example.com>", "<b@example.org>")
+grey.close()
+
+again = AddrCache(fname=directory + "/cache")
+again.load(directory + "/cache")
+print("kept", again.has_key("before@example.com"), again.has_key("after@example.com"))
+with Greylist(directory + "/grey", 0, 1, 1) as grey:
+    for name in ("before", "after"):
+        print(name, grey.check("192.0.2.1", f"<{name}@example.com>", "<b@example.org>"))
+"""
+
+
+@needs_faults
+def test_a_full_disk(faulty: faults.Faults, directory: Path) -> None:
+    """What was written stays whole, and what comes after is written again."""
+    done = subprocess.run(
+        [*python_command(), "-c", DISK, str(Path(__file__).parent), str(directory)],
+        env={**os.environ, **faulty.env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert int(said["calls"]) > 0
+    assert said["grey"] == "refused"
+    assert said["kept"] == "True True"
+    assert {"before", "after"} <= set(said)
+
+
+# --- MTAs that stop, trickle or vanish ---------------------------------------------------------
+
+STOPPED = """
+import os, sys
+from Milter.mta import MTA, Offer
+with MTA.connect(sys.argv[1], timeout=60) as mta:
+    mta.connect_info("client.example.com")
+    mta.mail("<alice@example.com>")
+    print("in the message", flush=True)
+    sys.stdin.readline()
+    mta.rcpt("<bob@example.org>")
+    mta.data(); mta.eoh(); mta.body(b"text")
+    print(mta.eom().verdict.name, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def stopped_mta(running: Any) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [*python_command(), "-c", STOPPED, running.socket],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as mta:
+        try:
+            assert mta.stdout is not None
+            assert mta.stdout.readline() == "in the message\n"
+            mta.send_signal(signal.SIGSTOP)
+            yield mta
+        finally:
+            mta.kill()
+
+
+def test_an_mta_that_is_stopped_for_a_while(run_filter: Run) -> None:
+    """Others are served meanwhile; its message goes on where it was."""
+    running = run_filter("w_scripted")
+    passes(running)
+    with stopped_mta(running) as mta:
+        for _ in range(3):
+            passes(running)
+        mta.send_signal(signal.SIGCONT)
+        assert mta.communicate("\n", timeout=WAIT)[0] == "CONTINUE\n"
+        assert mta.returncode == 0
+
+
+@pytest.mark.parametrize("half", [None, socket.SHUT_WR, socket.SHUT_RD])
+def test_half_open_connections(run_filter: Run, half: int | None) -> None:
+    """A peer that falls silent in a command, or has closed one direction only, is given up after
+    the time-out: its message is aborted and its connection closed; others are served meanwhile.
+
+    Between two commands libmilter looks for those that are silent every ten minutes only.
+    """
+    setup = (
+        "milter.settimeout(1)\nmilter.set_abort_callback(lambda ctx: say('aborted'))\n"
+        "milter.set_close_callback(lambda ctx: say('gone'))"
+    )
+    running = run_filter("w_scripted", setup)
+    with running.mta(offer=Offer()) as mta:
+        mta.connect_info("client.example.com")
+        mta.mail("<alice@example.com>")
+        mta.send_raw(b"\0\0\0")
+        if half is not None:
+            mta._wire._sock.shutdown(half)
+        with running.mta() as other:
+            assert other.send(MESSAGE, recipients=["<r@example.com>"]).accepted
+        running.wait_for("('aborted',)")
+        running.wait_for("('gone',)", 2)
+        mta.close()
+
+
+def test_a_byte_now_and_then(run_filter: Run) -> None:
+    """Commands that come byte by byte hold up nobody else, and are answered in the end."""
+    running = run_filter("w_scripted")
+    over = threading.Event()
+
+    def others() -> None:
+        while not over.is_set():
+            passes(running)
+
+    with running.mta(offer=Offer()) as mta:
+        mta.connect_info("client.example.com")
+        busy = threading.Thread(target=others)
+        busy.start()
+        try:
+            for byte in b"\0\0\0\x0dHx.example.com\0"[:16]:
+                mta.send_raw(bytes([byte]))
+                passes(running)  # a whole message of another one meanwhile
+            mta.send_raw(b"\0")
+            assert mta.read_packet().command == b"c"
+        finally:
+            over.set()
+            busy.join(WAIT)
+
+
+def test_an_mta_that_goes_while_a_change_is_written(run_filter: Run) -> None:
+    """The action raises, the connection is closed, and nobody else notices."""
+    running = run_filter("w_scripted")
+    eom = "say('writing'); attempt(lambda: ctx.replacebody(b'x' * (64 << 20)))"
+    with running.mta(offer=Offer()) as mta:
+        each = Session(running, mta, {"eom": eom})
+        each.envelope()
+        mta.eoh()
+        mta.send_packet(b"E")
+        assert each.next() == ("writing",)
+        passes(running)  # it writes, and the socket is full
+        mta.close()
+    each.settle()
+    raised = each.said()[-1]
+    assert raised[0] == "raised"
+    assert "error" in raised[1]
+    passes(running)
+
+
+# --- applications that do wrong ----------------------------------------------------------------
+
+FACTORY = """
+import sys
+import Milter
+
+class Good(Milter.Base):
+    def eom(self):
+        self.addheader("X-Good", "yes")
+        return Milter.CONTINUE
+
+class Lasting(Good):
+    def __del__(self):
+        raise RuntimeError("in __del__")
+
+made = []
+
+def factory():
+    made.append(None)
+    if len(made) == 1 or {always}:
+        {body}
+    return Good()
+
+Milter.factory = factory
+Milter.runmilter("factory", sys.argv[1], 60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "logged"),
+    [
+        ("return None", "None"),
+        ("return 5", "int"),
+        ("return object()", "object"),
+        ("return Good", "_setctx() missing"),
+        ("raise ValueError('no filter')", "no filter"),
+        ("raise RecursionError", "RecursionError"),
+        ("return [].pop()", "IndexError"),
+    ],
+)
+def test_a_factory_that_makes_no_filter(run_filter: Run, body: str, logged: str) -> None:
+    """That connection does not get past the filter unseen; the next one is served."""
+    running = run_filter(source=FACTORY.format(body=body, always=False))
+    outcome = None
+    with contextlib.suppress(FilterClosed), running.mta(offer=Offer()) as mta:
+        outcome = mta.send(MESSAGE, recipients=["<r@example.com>"])
+    assert outcome is None or not outcome.accepted
+    running.wait_for(logged)
+    with running.mta(offer=Offer()) as mta:
+        assert mta.send(MESSAGE, recipients=["<r@example.com>"]).message["X-Good"] == "yes"
+    assert running.stop() == 0
+
+
+def test_a_filter_whose_end_raises(run_filter: Run) -> None:
+    """What __del__ raises is told, and harms nothing."""
+    running = run_filter(source=FACTORY.format(body="return Lasting()", always=True))
+    for count in range(1, 4):
+        with running.mta(offer=Offer()) as mta:
+            assert mta.send(MESSAGE, recipients=["<r@example.com>"]).message["X-Good"] == "yes"
+        running.wait_for("RuntimeError: in __del__", count)
+    assert running.stop() == 0
+
+
+def test_actions_on_the_context_of_another_connection(run_filter: Run) -> None:
+    """Where that one is not in its eom they are refused; its message stays as it is."""
+    running = run_filter("w_scripted")
+    with running.mta(offer=Offer()) as first, running.mta(offer=Offer()) as second:
+        kept = Session(running, first, {"data": "milter.other = ctx"})
+        kept.envelope()
+        eom = "attempt(lambda: milter.other.addheader('X-Wrong', 'x'))\n"
+        eom += "attempt(lambda: milter.other.replacebody(b'x'))\n"
+        eom += "attempt(lambda: milter.other.setreply('550', '5.7.1', 'wrong'))\n"
+        eom += "ctx.addheader('X-Right', 'x')"
+        acting = Session(running, second, {"eom": eom})
+        reply = acting.message()
+        assert [m.name for m in reply.modifications] == [b"X-Right"]
+        for count in (1, 2):
+            assert acting.next(count)[0] == "raised"
+        reply = kept.content()
+        assert reply.verdict is Verdict.CONTINUE
+        assert reply.modifications == ()
+    for each in (kept, acting):
+        each.settle()
+
+
+def test_a_context_that_another_connection_has_left(run_filter: Run) -> None:
+    """Each action on it raises; the message at hand is served."""
+    running = run_filter("w_scripted")
+    with session(running, data="milter.left = ctx") as each:
+        each.message()
+    eom = "attempt(lambda: milter.left.addheader('X-Wrong', 'x')); ctx.addheader('X-Right', 'x')"
+    with session(running, eom=eom) as each:
+        assert [m.name for m in each.message().modifications] == [b"X-Right"]
+        assert each.next()[0] == "raised"
+
+
+@pytest.mark.parametrize(
+    "stage", ["connect", "helo", "envfrom", "envrcpt", "data", "header", "eoh", "body", "eom"]
+)
+def test_recursion_at_any_stage(run_filter: Run, stage: str) -> None:
+    """That step is put off; the connection beside it is served to the end."""
+    running = run_filter("w_scripted")
+    with session(running) as beside:
+        beside.envelope()
+        with session(running, **{stage: "def f(): return f()\nf()"}) as each:
+            assert each.reach(stage).verdict is Verdict.TEMPFAIL
+        assert beside.content().verdict is Verdict.CONTINUE
