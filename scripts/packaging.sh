@@ -1,0 +1,139 @@
+# Shared by the scripts that make packages: `. "$(dirname "$0")/packaging.sh"` after lib.sh.
+# shellcheck shell=bash
+
+# --- sources -----------------------------------------------------------------------------------
+
+project_version() { sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml | head -n1; }
+
+# export_sources DIRECTORY: what is committed, into DIRECTORY, without git's own files.  Of sources
+# without a git repository (an unpacked sdist) it is everything that a build has not left there.
+export_sources() {
+    mkdir -p "$1"
+    if [ -e .git ]; then
+        git diff --quiet HEAD -- || say 'There are changes that are not committed: left out'
+        git archive HEAD | tar -x -C "$1"
+    else
+        tar -c --exclude=./build --exclude=./dist --exclude=./.venv --exclude=./.venvs . |
+            tar -x -C "$1"
+    fi
+}
+
+# source_epoch: the time of the last commit, else of the changelog, for what has dates in it.
+source_epoch() {
+    if [ -e .git ]; then git log -1 --format=%ct; else stat -c %Y CHANGELOG.md; fi
+}
+
+# logged LOG COMMAND...: quiet unless it fails; then the end of what it wrote.
+logged() {
+    local log=$1
+    shift
+    # On the side, as a command that stands in a condition goes on after what fails in it.
+    ("$@") </dev/null >"$log" 2>&1 &
+    if ! wait "$!"; then
+        tail -n 60 "$log" >&2
+        die "failed: $* (the whole of it: $log)"
+    fi
+}
+
+# --- trees of Debian ---------------------------------------------------------------------------
+
+# Fresh systems to build and test in, made by debootstrap from the mirror of this system.  Each is
+# entered with mounts of its own, which are gone when the command ends.
+
+trees=${root:?lib.sh goes first}/.venvs/trees
+
+# mirror: where this system gets Debian's packages from.
+mirror() {
+    # apt's variables, not the shell's.
+    # shellcheck disable=SC2016
+    apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' |
+        sed -n 's/^Debian Debian //p' | head -n1
+}
+
+# base_tree SUITE: the archive $trees/SUITE.tar of a minimal system, made where it is not there.
+base_tree() {
+    local suite=$1 archive=$trees/$1.tar work uri
+    [ ! -f "$archive" ] || return 0
+    [ "$(id -u)" -eq 0 ] || die "only root can make a tree of $suite"
+    ensure_command debootstrap debootstrap
+    ensure_command unshare util-linux
+    ensure_command ip iproute2
+    install_missing
+    uri=$(mirror)
+    if [ -z "$uri" ]; then
+        apt-get -qq update
+        uri=$(mirror)
+    fi
+    [ -n "$uri" ] || die 'apt has no mirror of Debian'
+    say "Making a tree of $suite"
+    mkdir -p "$trees"
+    work=$trees/$suite.new
+    rm -rf "$work"
+    logged "$trees/$suite.log" \
+        debootstrap --variant=minbase --include=ca-certificates "$suite" "$work" "$uri"
+    adopt_host "$work"
+    tar -C "$work" -cf "$archive.new" .
+    mv "$archive.new" "$archive"
+    rm -rf "$work"
+}
+
+# adopt_host TREE: how this system reaches its mirrors and package indexes: apt's settings for
+# that, authorities, pip's configuration.
+adopt_host() {
+    local file
+    apt-config dump | grep '^Acquire::' >"$1/etc/apt/apt.conf.d/90host" || true
+    for file in /etc/apt/auth.conf.d /etc/ssl/certs/ca-certificates.crt /etc/pip.conf \
+        /etc/resolv.conf /etc/hosts; do
+        if [ -e "$file" ]; then cp -rL "$file" "$1${file%/*}/"; fi
+    done
+    # No daemon starts because it was installed.
+    printf '#!/bin/sh\nexit 101\n' >"$1/usr/sbin/policy-rc.d"
+    chmod 755 "$1/usr/sbin/policy-rc.d"
+}
+
+# fresh_tree SUITE DIRECTORY: a minimal system there, nothing installed in it before.
+fresh_tree() {
+    base_tree "$1"
+    rm -rf "$2"
+    mkdir -p "$2"
+    tar -C "$2" -xf "$trees/$1.tar"
+}
+
+# in_tree [--offline] TREE DIRECTORY COMMAND...: run it there, DIRECTORY of this system being /mnt.
+# --offline gives it a loopback interface of its own and no other network.
+in_tree() {
+    local network=()
+    if [ "$1" = --offline ]; then
+        network=(--net)
+        shift
+    fi
+    local tree=$1 directory=$2
+    shift 2
+    # shellcheck disable=SC2016  # expanded within
+    unshare --mount --pid --fork --kill-child "${network[@]}" --propagation private bash -ec '
+        tree=$1 directory=$2 offline=$3
+        shift 3
+        [ -z "$offline" ] || ip link set lo up
+        mount --bind "$tree" "$tree"
+        mount -t proc proc "$tree/proc"
+        mount --rbind /dev "$tree/dev"
+        mount -t tmpfs -o mode=1777 tmp "$tree/tmp"
+        mount --bind "$directory" "$tree/mnt"
+        exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
+            DEBIAN_FRONTEND=noninteractive ${PIP_CERT:+PIP_CERT="$PIP_CERT"} \
+            chroot "$tree" "$@"
+    ' in_tree "$tree" "$directory" "${network[*]}" "$@"
+}
+
+# tree_install TREE DIRECTORY PACKAGE...: install through the tree's apt; ./NAME.deb and the like
+# are looked for in /mnt, which is DIRECTORY.
+tree_install() {
+    local tree=$1 directory=$2
+    shift 2
+    # shellcheck disable=SC2016  # expanded within
+    in_tree "$tree" "$directory" bash -ec '
+        cd /mnt
+        apt-get -qq update
+        apt-get -qq -y -o Dpkg::Use-Pty=0 --no-install-recommends install "$@"
+    ' tree_install "$@"
+}
