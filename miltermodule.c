@@ -99,7 +99,8 @@ pass_gate(void)
 static void
 leave_gate(void)
 {
-    if (atomic_fetch_sub(&filter.inside, 1) == 1 && atomic_load(&filter.gate_closed)) {
+    if (atomic_fetch_sub(&filter.inside, 1) == 1 &&
+        (atomic_load(&filter.draining) || atomic_load(&filter.gate_closed))) {
         wake_main();
     }
 }

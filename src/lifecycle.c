@@ -28,17 +28,18 @@ messages_are_done(void)
 }
 
 static bool
+gate_is_empty(void)
+{
+    return atomic_load(&filter.inside) == 0;
+}
+
+/* And the threads that closed them are out of Python again. */
+static bool
 contexts_are_closed(void)
 {
     unsigned long deleted = atomic_load(&filter.deleted); /* first: it never gets ahead */
 
-    return deleted == atomic_load(&filter.created);
-}
-
-static bool
-gate_is_empty(void)
-{
-    return atomic_load(&filter.inside) == 0;
+    return deleted == atomic_load(&filter.created) && gate_is_empty();
 }
 
 static int
