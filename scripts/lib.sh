@@ -142,9 +142,19 @@ unpack_sendmail() {
 # find_python NAME: the interpreter's own path, or nothing where NAME does not run.
 find_python() { "$1" -c 'import sys; print(sys.executable)' 2>/dev/null || true; }
 
-# python_tag PATH: python3.11, python3.11d for a debug build, python3.13t for a free-threaded one.
+# python_tag PATH: python3.11, python3.11d for a debug build, python3.13t for a free-threaded one,
+# python3.13t-tsan for one under ThreadSanitizer.
 python_tag() {
-    "$1" -c 'import sys; print("python%d.%d%s" % (*sys.version_info[:2], sys.abiflags))'
+    "$1" - <<'END'
+import sys, sysconfig
+tsan = "-tsan" if "thread-sanitizer" in (sysconfig.get_config_var("CONFIG_ARGS") or "") else ""
+print("python%d.%d%s%s" % (*sys.version_info[:2], sys.abiflags, tsan))
+END
+}
+
+# free_threaded: whether $python was built without a global lock.
+free_threaded() {
+    "$python" -c 'import sys, sysconfig; sys.exit(not sysconfig.get_config_var("Py_GIL_DISABLED"))'
 }
 
 # choose_python: set `python` (from PYTHON, else python3) and `venv`, installing what apt has.
@@ -210,14 +220,18 @@ pip_install() {
     }
 }
 
-# install_tools GROUP...: the pinned tools of scripts/requirements/GROUP.txt.
+# install_tools GROUP...: the pinned tools of scripts/requirements/GROUP.txt, or of
+# GROUP-free-threaded.txt where there is one and $python is such.
 install_tools() {
-    local group want
+    local group file want
     for group in "$@"; do
-        want=$(fingerprint "scripts/requirements/$group.txt")
+        file=scripts/requirements/$group-free-threaded.txt
+        if [ ! -e "$file" ] || ! free_threaded; then file=scripts/requirements/$group.txt; fi
+        # The one may include the other.
+        want=$(fingerprint "scripts/requirements/$group.txt" "scripts/requirements/$group-free-threaded.txt")
         up_to_date "$venv/.tools-$group" "$want" && continue
         say "Installing the $group tools into ${venv#"$root"/}"
-        pip_install -r "scripts/requirements/$group.txt"
+        pip_install -r "$file"
         echo "$want" >"$venv/.tools-$group"
     done
 }
