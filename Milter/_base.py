@@ -72,7 +72,9 @@ def _logger() -> Logger:
 
 def _bound_steps(owner: Any, name: str) -> int:
     """The steps that one callback of a class or an instance asks for."""
-    method = getattr(owner, name)
+    # Applications keep data of their own under such names too (self.data = {}).
+    places = (owner, type(owner), Base)
+    method = next(found for place in places if callable(found := getattr(place, name, None)))
     if name in _BYTES_CALLBACKS:
         # Whoever replaces the form that gets bytes is called whatever the plain one is.
         as_bytes = getattr(owner, f"{name}_bytes")
@@ -342,7 +344,8 @@ class Base(milter._Decoder):
     def _wanted_steps(self) -> int:
         """The steps to ask for in this connection, whatever the MTA offers."""
         wanted = ALL_STEPS & ~self.protocol_mask() | self._enabled_steps()
-        if not _CALLBACK_NAMES.isdisjoint(vars(self)):
+        own = vars(self)
+        if any(callable(own[name]) for name in _CALLBACK_NAMES.intersection(own)):
             # Methods that were assigned to the instance replace those of its class.
             wanted = wanted & (FEATURE_STEPS | self._enabled_steps()) | callback_steps(self)
         return wanted

@@ -257,6 +257,22 @@ def test_overriding_the_form_that_gets_bytes_turns_the_callback_on():
     assert wanted & (P_NOMAIL | milter.P_NR_MAIL) == milter.P_NR_MAIL
 
 
+def test_data_of_an_application_that_is_named_like_a_callback_turns_none_on():
+    class OfTheInstance(Milter.Base):
+        def __init__(self):
+            self.data = {}
+
+        def header(self, field, value):
+            return CONTINUE
+
+    class OfTheClass(Milter.Base):
+        data = ()
+
+    nodata = milter.P_NODATA
+    assert OfTheInstance()._wanted_steps() & (nodata | P_NOHDRS) == nodata
+    assert OfTheClass()._wanted_steps() & nodata
+
+
 # Negotiation.
 
 
