@@ -49,7 +49,7 @@ spare(int place, const char *name)
 {
     if (name != NULL) {
         spared[place].begin = (uintptr_t)dlsym(RTLD_DEFAULT, name);
-        spared[place].end = spared[place].begin + 256;
+        spared[place].end = spared[place].begin + 1024;
     }
 }
 
@@ -106,6 +106,15 @@ is_in(uintptr_t address, const struct range *range)
 }
 
 static bool
+is_evaluation(void *address)
+{
+    Dl_info found;
+
+    return dladdr(address, &found) != 0 && found.dli_sname != NULL &&
+           strncmp(found.dli_sname, "_PyEval_EvalFrame", 17) == 0;
+}
+
+static bool
 is_watched(void)
 {
     void *frames[DEPTH];
@@ -119,6 +128,10 @@ is_watched(void)
     }
     depth = backtrace(frames, DEPTH);
     for (int i = 2; i < depth; i++) {
+        /* Python code that the module calls is the interpreter's matter. */
+        if (is_evaluation(frames[i])) {
+            return false;
+        }
         /* glibc itself ends a process that has no memory for thread-local data. */
         if (is_in((uintptr_t)frames[i], &loader) || is_in((uintptr_t)frames[i], &spared[0]) ||
             is_in((uintptr_t)frames[i], &spared[1])) {
