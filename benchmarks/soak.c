@@ -43,7 +43,7 @@ static const struct {
 } kinds[KINDS] = {
     [QUICK] = {"quick", 48},  [LONG] = {"long", 1},   [CHANGE] = {"change", 10},
     [REFUSE] = {"refuse", 8}, [RAISE] = {"raise", 8}, [BLOCK] = {"block", 2},
-    [ABORT] = {"abort", 6},   [REUSE] = {"reuse", 4}, [DROP] = {"drop", 9},
+    [ABORT] = {"cut", 6},     [REUSE] = {"reuse", 4}, [DROP] = {"drop", 9},
     [MUTE] = {"mute", 4},
 };
 

@@ -311,7 +311,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure, (upper, lower) = plt.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
     upper.plot(messages, [sample["rss"] / 2**20 for sample in samples], color="#0072b2")
     upper.axvline(result["verdict"]["settled_after"] / 1000, color="#999999", linestyle=":")
-    upper.set_ylim(bottom=0)
+    upper.set_ylim(0, 1.2 * max(sample["rss"] for sample in samples) / 2**20)
     upper.set_ylabel("resident set (MiB)")
     upper.set_title(
         f"{result['load']['connections']:,} connections, {result['load']['messages']:,} messages"
@@ -320,9 +320,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
         lower.plot(messages, [sample[name] for sample in samples], color=colour, label=name)
     contexts = [sample["created"] - sample["deleted"] for sample in samples]
     lower.plot(messages, contexts, color="#cc79a7", label="contexts")
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.4 * max(sample["descriptors"] for sample in samples))
     lower.set_xlabel("messages (thousands)")
-    lower.legend(loc="lower right")
+    lower.legend(loc="upper center", ncols=3)
     figure.savefig(file, dpi=120)
 
 

@@ -36,7 +36,7 @@ def test_a_small_one(tmp_path: Path) -> None:
     assert result["load"]["connections"] >= 600
     assert result["load"]["messages"] >= 600
     assert result["after"]["created"] == result["after"]["deleted"] > 500
-    kinds = ("quick", "change", "refuse", "raise", "block", "abort", "reuse", "drop", "mute")
+    kinds = ("quick", "change", "refuse", "raise", "block", "cut", "reuse", "drop", "mute")
     assert all(result["load"][kind] for kind in kinds)
     assert result["after"]["reported"] > 0
 
