@@ -29,6 +29,7 @@ SETTLED = 50_000  # connections and messages after which nothing may grow
 GROWTH = 1 << 20  # bytes that the resident set may grow by all the same
 AT_EDGE = 10  # samples whose median counts at either end
 ANSWER = 60.0  # seconds that the filter has for what it is asked
+STEADY = 20  # looks, 0.05 s apart, at which nothing changes
 ENDING = 60.0  # seconds until it must have let go of everything
 
 
@@ -224,15 +225,25 @@ def judge(
     return Verdict(faults, grown, settled_after)
 
 
-def settle(watched: Watched, before: Sample, seconds: float, report: dict[str, Any]) -> Sample:
-    """The filter once it has let go of what it had, or does not do so."""
+def settle(
+    watched: Watched, report: dict[str, Any], seconds: float, bound: Sample | None
+) -> Sample:
+    """The filter once it has let go of what it had: down to `bound`, or of all that it will."""
     deadline = time.monotonic() + ENDING
+    steady = 0
+    last = None
     while True:
-        after = watched.look(seconds, report["connections"], report["messages"])
-        quiet = after.created == after.deleted and not after.in_progress and not after.inside
-        freed = after.descriptors <= before.descriptors and after.threads <= before.threads
-        if (quiet and freed) or time.monotonic() > deadline:
-            return after
+        now = watched.look(seconds, report["connections"], report["messages"])
+        quiet = now.created == now.deleted and not now.in_progress and not now.inside
+        held = (now.descriptors, now.threads)
+        steady = steady + 1 if held == last else 0
+        last = held
+        if bound is None:
+            enough = steady >= STEADY
+        else:
+            enough = now.descriptors <= bound.descriptors and now.threads <= bound.threads
+        if (quiet and enough) or time.monotonic() > deadline:
+            return now
         time.sleep(0.05)
 
 
@@ -260,25 +271,22 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     address = f"unix:{directory}/s"
     watched = Watched(address, directory / "filter.log")
     load = None
+    report: dict[str, Any] = {}
     try:
         watched.wait(address)
-        # One message, so that what libmilter and Python make once is there already.
-        first = Load(
-            program, f"{directory}/s", argparse.Namespace(minutes=0, messages=20, connections=1)
-        )
-        for _ in first.reports():
-            pass
-        before = settle(watched, Sample(*[2] * 11), 0.0, {"connections": 0, "messages": 0})
+        # Some messages, so that what libmilter and Python make once is there already.
+        few = argparse.Namespace(minutes=0, messages=50, connections=options.connections)
+        *_, report = Load(program, f"{directory}/s", few).reports()
+        before = settle(watched, report, 0.0, None)
         load = Load(program, f"{directory}/s", options)
         began, told, samples = time.monotonic(), 0.0, []
-        report: dict[str, Any] = {}
         for report in load.reports():
             now = time.monotonic() - began
             samples.append(watched.look(now, report["connections"], report["messages"]))
             if now - told > (0.9 if sys.stderr.isatty() else 10):
                 told = now
                 progress(samples[-1])
-        after = settle(watched, before, time.monotonic() - began, report)
+        after = settle(watched, report, time.monotonic() - began, before)
         status = watched.end()
     finally:
         if load is not None:
