@@ -1,5 +1,7 @@
 """A plugin for pytest: filters run under the command in FUZZ_UNDER, and end of their own accord.
 
+FUZZ_PYTHON, if set, is the interpreter that they run on, with FUZZ_PATH as its PYTHONPATH.
+
 Leaks are looked for when a process ends; one that is killed tells nothing.
 """
 
@@ -16,7 +18,10 @@ from typing import Any
 END_SECONDS = 15
 
 _directory = tempfile.TemporaryDirectory(prefix="under-")
-_command = os.environ.get("FUZZ_UNDER")
+_command = os.environ.get("FUZZ_UNDER", "")
+_python = os.environ.get("FUZZ_PYTHON", sys.executable)
+if "FUZZ_PATH" in os.environ:
+    _command = f"env PYTHONPATH={shlex.quote(os.environ['FUZZ_PATH'])} {_command}"
 _kill = subprocess.Popen.kill
 
 
@@ -34,6 +39,6 @@ subprocess.Popen.kill = _end  # type: ignore[method-assign]
 if _command:
     # The tests start filters with sys.executable, so that is what stands in between.
     _wrapper = Path(_directory.name, "python")
-    _wrapper.write_text(f'#!/bin/sh\nexec {_command} {shlex.quote(sys.executable)} "$@"\n')
+    _wrapper.write_text(f'#!/bin/sh\nexec {_command} {shlex.quote(_python)} "$@"\n')
     _wrapper.chmod(0o755)
     sys.executable = str(_wrapper)

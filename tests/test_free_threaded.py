@@ -115,7 +115,6 @@ def test_callbacks_run_python_at_one_time(run_filter: Any) -> None:
 
 REPLACER = """
 import itertools, threading, time
-on_off = itertools.cycle([True, False])
 milter.calls = [0, 0]
 
 def fresh(number):
@@ -125,6 +124,7 @@ def fresh(number):
     return callback
 
 def replace():
+    on_off = itertools.cycle([True, False])
     while not getattr(milter, 'enough', False):
         for number, name in enumerate(['header', 'eoh']):
             set_it = getattr(milter, f'set_{name}_callback')
