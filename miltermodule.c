@@ -136,6 +136,14 @@ prepare_threads(void)
 static bool
 adopt_thread(void)
 {
+    void *probe = malloc(PROBE_SIZE);
+
+    /* Where memory is short now, CPython 3.11 crashes in PyThreadState_New(), and glibc ends the
+     * process when it registers what is to be called at the thread's end. */
+    if (probe == NULL) {
+        return false;
+    }
+    free(probe);
     pthread_mutex_lock(&filter.startup);
     pthread_mutex_unlock(&filter.startup);
     thread_state = PyThreadState_New(filter.interpreter);
@@ -1812,6 +1820,9 @@ add_object(PyObject *module, const char *name, PyObject *object)
     if (object != NULL && PyModule_AddObject(module, name, Py_NewRef(object)) < 0) {
         Py_DECREF(object); /* taken over only where it was added */
         return -1;
+    }
+    if (object == NULL && !PyErr_Occurred()) {
+        PyErr_NoMemory(); /* CPython 3.11's PyType_FromModuleAndSpec() does not say so */
     }
     return object == NULL ? -1 : 0;
 }

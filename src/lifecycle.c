@@ -299,6 +299,7 @@ int
 run_filter(module_state *state)
 {
     bool main_thread = in_main_thread();
+    PyObject *failure = NULL;
     int started;
 
     take_signals(main_thread);
@@ -313,12 +314,18 @@ run_filter(module_state *state)
         end_work(stops_all(state));
         drain(state);
     }
+    else {
+        failure = take_exception(); /* what follows must not run with it set */
+    }
     return_wakeup_fd();
     atomic_store(&filter.drained, started == 0);
     give_back_signals();
     filter.phase = started == 0 ? STOPPED : SOCKET_OPEN;
     if (!atomic_load(&filter.forked)) {
         take_put_off_action();
+    }
+    if (failure != NULL) {
+        raise_exception(failure);
     }
     return started;
 }

@@ -68,6 +68,7 @@
 #define CLOSE_SECONDS 2.0      /* how long close callbacks may take once all is drained */
 #define BEAT_MILLISECONDS 200  /* at least this often a drain shows that it is alive */
 #define COMFORTABLE_FILES 1024 /* below this soft limit accept() may run out of descriptors */
+#define PROBE_SIZE 4096        /* bytes that must be there when a thread first calls back */
 #define STACK_ARGS 16          /* arguments of a callback that need no allocation */
 
 /* The steps of the dialogue that reach Python. */

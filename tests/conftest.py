@@ -23,6 +23,14 @@ from Milter.mta import MTA
 FILTERS = Path(__file__).with_name("filters")
 WAIT = 20.0  # seconds: the bound of every wait, far above what a loaded machine needs
 
+# Whoever runs the tests may ignore signals (nohup, a shell's background jobs), and what is
+# started from here would inherit that.
+for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(
+            _number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL
+        )
+
 
 def python_command() -> list[str]:
     """This interpreter with the options that the tests themselves run under."""

@@ -148,10 +148,7 @@ def attempt(call):
     except (MemoryError, ImportError, OSError) as exc:
         return True
     except Exception as exc:
-        # Where memory is short, creating a type may fail in CPython 3.11 without an exception.
         if sys.argv[3] == "setup" and isinstance(exc, milter.error):
-            return True
-        if "without setting an exception" in str(exc):
             return True
         raise
     return False
