@@ -115,8 +115,8 @@ def header_value(call: str, value: object) -> bytes:
 def reply(rcode: object, xcode: object, lines: Sequence[object]) -> None:
     """Check the arguments of setreply; ``lines`` holds every one given, None for none."""
     if len(lines) > MAX_REPLY_LINES:
-        rule = f"a reply has at most {MAX_REPLY_LINES} lines"
-        raise refuse("setreply", "msg", rule, (rcode, xcode, *lines))
+        rule = f"a reply has at most {MAX_REPLY_LINES} lines: {len(lines)} were given"
+        raise milter.InvalidArgument(f"setreply: msg: {rule}")
     code = text("setreply", "rcode", rcode).decode("latin-1")
     if not _REPLY_CODE.fullmatch(code):
         raise refuse("setreply", "rcode", "must be three digits, the first 4 or 5", rcode)
