@@ -352,7 +352,7 @@ def warn(message: str, level: str = "warning") -> None:
         getattr(sys.modules["logging"].getLogger("milter"), level)("%s", message)
     elif level == "warning":
         # What logging does as long as nobody has set it up.
-        print(message, file=sys.stderr)
+        sys.stderr.write(f"{message}\n")  # in one piece, also where it is not buffered
 
 
 # --- small parts -------------------------------------------------------------------------------
