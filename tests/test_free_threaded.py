@@ -124,7 +124,7 @@ def fresh(number):
     return callback
 
 def replace():
-    on_off = itertools.cycle([True, False])
+    on_off = itertools.cycle([True, True, False])
     while not getattr(milter, 'enough', False):
         for number, name in enumerate(['header', 'eoh']):
             set_it = getattr(milter, f'set_{name}_callback')
