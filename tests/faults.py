@@ -9,6 +9,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,11 @@ class Faults:
         told = directory / "faults"
         told.write_bytes(bytes(_LAYOUT.size))
         # Python's own pools would hide most allocations.
-        self.env = {"LD_PRELOAD": str(library), "FAULTS": str(told), "PYTHONMALLOC": "malloc"}
+        self.env = {"LD_PRELOAD": str(library), "FAULTS": str(told)}
+        if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+            # Without a global lock objects come from an allocator that cannot be replaced; what
+            # the module and libmilter ask the C library for fails all the same.
+            self.env["PYTHONMALLOC"] = "malloc"
         self._told = Told(told)
         if sys.version_info[:2] == (3, 11):
             # This version goes on with the NULL that it got.

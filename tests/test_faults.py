@@ -48,7 +48,7 @@ def passes(running: Any) -> None:
 @pytest.fixture
 def faulty(tmp_path: Path) -> faults.Faults:
     made = faults.Faults(tmp_path)
-    del made.env["PYTHONMALLOC"]
+    made.env.pop("PYTHONMALLOC", None)
     return made
 
 

@@ -101,7 +101,7 @@ def test_each_allocation_of_a_conversation(
             honest(running)
         if seen < first:
             break
-    assert first > 50  # or nothing was tried
+    assert first > (50 if "PYTHONMALLOC" in faulty.env else 30)  # or nothing was tried
     assert answered > 0
     assert closed > 0
     created, deleted = contexts(running)
