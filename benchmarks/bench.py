@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Measure filters under load: how much a message costs, in C and in Python.
 
-Subjects take turns in each round, in another order each time: the floor (a filter in C on
-libmilter), this project, pymilter 1.0.5 from PyPI, and this project with worker processes.
-Figures are medians over the rounds; ratios are medians of the ratios within a round, so that
-what disturbs a whole round does not count.
+Subjects are the floor (a filter in C on libmilter), this project, pymilter 1.0.5 from PyPI, and
+this project with worker processes. In a round each subject's filter is started anew; then they
+take short turns, in another order each time, as a machine's speed changes from second to second.
+Figures are medians over all turns; ratios are medians of the ratios between turns that follow
+each other, so that what slows them all does not count.
 
 scripts/bench makes the environments and calls this.
 """
@@ -12,10 +13,12 @@ scripts/bench makes the environments and calls this.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,7 @@ from typing import Any
 from measuring import (
     ROOT,
     BenchError,
+    Filter,
     Subject,
     Times,
     Workload,
@@ -34,6 +38,7 @@ from measuring import (
     build,
     has_workers,
     measure,
+    running,
 )
 from reporting import (
     describe_machine,
@@ -48,8 +53,8 @@ from reporting import (
 TRIES = 3  # for a measurement that other processes disturb
 PARSE_ADDRESSES = 10  # what the regular expression of filters/parse.py finds in a message
 
-FULL = Times(warmup=0.5, duration=1.5)
-QUICK = Times(warmup=0.2, duration=0.5)
+FULL = Times(warmup=0.2, duration=0.4, turns=5)
+QUICK = Times(warmup=0.2, duration=0.3, turns=2)
 
 
 def workloads(load: Path) -> list[Workload]:
@@ -120,8 +125,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="a rough picture in less than two minutes")
     add("--only", default="", help="workloads or parts of them: noop,parse or noop/unix/16")
-    add("--rounds", type=int, help="how often each subject has its turn (5; quick: 2)")
-    add("--seconds", type=float, help="length of a measurement (1.5; quick: 0.5)")
+    add("--rounds", type=int, help="how often each filter is started (5; quick: 2)")
+    add("--turns", type=int, help="how many turns each has in a round (5; quick: 2)")
+    add("--seconds", type=float, help="length of a turn (0.4; quick: 0.3)")
     add(
         "--subjects",
         default="floor,ours,pymilter,workers",
@@ -169,8 +175,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--list", action="store_true", help="list the workloads")
     chosen = parser.parse_args(arguments)
-    if chosen.rounds is not None and chosen.rounds < 1:
-        parser.error(f"--rounds {chosen.rounds}: at least 1")
+    for name in ("rounds", "turns"):
+        number = getattr(chosen, name)
+        if number is not None and number < 1:
+            parser.error(f"--{name} {number}: at least 1")
     if chosen.seconds is not None and not 0 < chosen.seconds <= 600:
         parser.error(f"--seconds {chosen.seconds}: more than 0, at most 600")
     return chosen
@@ -215,60 +223,107 @@ class Setting:
     """What all measurements have in common; ``calm``: see --calm."""
 
     programs: tuple[Path, Path]
+    rounds: int
     times: Times
     calm: float
 
 
-def measure_calmly(
-    subject: Subject, workload: Workload, setting: Setting, work: Path
-) -> dict[str, Any]:
+def measure_calmly(served: Filter, workload: Workload, setting: Setting) -> dict[str, Any]:
     """Measure again where other processes took part of the machine; the calmest one counts."""
     samples = []
     for _ in range(TRIES):
-        samples.append(measure(subject, workload, setting.programs, work, setting.times))
+        samples.append(measure(served, workload, setting.programs[0], setting.times))
         if samples[-1].get("foreign_share", 0.0) <= setting.calm:
             break
     return min(samples, key=lambda sample: float(sample.get("foreign_share", 0.0)))
 
 
-def run_rounds(
-    plan: list[Workload], subjects: list[Subject], rounds: int, setting: Setting
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Measure everything; returns the samples by workload and subject, and what failed."""
-    samples: dict[str, Any] = {}
-    failures: dict[str, str] = {}
+class Rounds:
+    """The measurements: ``samples`` by workload, subject and turn, and ``failures``."""
+
+    def __init__(self, setting: Setting, work: Path) -> None:
+        self.samples: dict[str, dict[str, dict[str, Any]]] = {}
+        self.failures: dict[str, str] = {}
+        self._setting = setting
+        self._work = work
+
+    def play(self, number: int, workload: Workload, subjects: list[Subject]) -> None:
+        """One round of a workload: a filter for each subject, which then take turns."""
+        begun = time.monotonic()
+        able = [one for one in subjects if f"{workload.key} {one.name}" not in self.failures]
+        # What filters share in memory depends on which of them run.
+        groups = [[one] for one in able] if workload.memory else [able]
+        turns = 1 if workload.memory else self._setting.times.turns
+        for group in groups:
+            with contextlib.ExitStack() as stack:
+                filters = {one.name: self._start(stack, workload, one) for one in group}
+                for turn in range(turns):
+                    first = turn % max(len(group), 1)
+                    for subject in group[first:] + group[:first]:
+                        self._take(f"{number}.{turn}", workload, subject, filters)
+        self._tell(number, workload, able, time.monotonic() - begun)
+
+    def _start(
+        self, stack: contextlib.ExitStack, workload: Workload, subject: Subject
+    ) -> Filter | None:
+        try:
+            floor = self._setting.programs[1]
+            return stack.enter_context(running(subject, workload, floor, self._work))
+        except BenchError as exc:
+            self._fail(workload, subject, exc)
+            return None
+
+    def _take(
+        self, number: str, workload: Workload, subject: Subject, filters: dict[str, Filter | None]
+    ) -> None:
+        served = filters[subject.name]
+        if served is None:
+            return
+        try:
+            sample = measure_calmly(served, workload, self._setting)
+        except BenchError as exc:
+            self._fail(workload, subject, exc)
+            filters[subject.name] = None
+            return
+        self.samples.setdefault(workload.key, {}).setdefault(subject.name, {})[number] = sample
+
+    def _fail(self, workload: Workload, subject: Subject, exc: BenchError) -> None:
+        what = f"{workload.key} {subject.name}"
+        self.failures[what] = str(exc)
+        say(f"{what}: {exc}")
+
+    def _tell(self, number: int, workload: Workload, subjects: list[Subject], took: float) -> None:
+        parts = []
+        for subject in subjects:
+            taken = self.samples.get(workload.key, {}).get(subject.name, {})
+            of_round = [taken[turn] for turn in taken if turn.startswith(f"{number}.")]
+            if of_round:
+                parts.append(f"{subject.name} {describe_samples(of_round, self._setting.calm)}")
+        say(
+            f"[{number + 1}/{self._setting.rounds}] {workload.key:16} {'; '.join(parts)}  {took:.1f} s"
+        )
+
+
+def run_rounds(plan: list[Workload], subjects: list[Subject], setting: Setting) -> Rounds:
+    """Measure everything."""
     with tempfile.TemporaryDirectory(prefix="bench-") as work:
-        for number in range(rounds):
+        all_rounds = Rounds(setting, Path(work))
+        for number in range(setting.rounds):
             for place, workload in enumerate(plan):
                 fitting = [subject for subject in subjects if workload.suits(subject)]
-                turn = (number + place) % max(len(fitting), 1)
-                for subject in fitting[turn:] + fitting[:turn]:
-                    what = f"{workload.key} {subject.name}"
-                    if what in failures:
-                        continue
-                    begun = time.monotonic()
-                    try:
-                        sample = measure_calmly(subject, workload, setting, Path(work))
-                    except BenchError as exc:
-                        failures[what] = str(exc)
-                        say(f"{what}: {exc}")
-                        continue
-                    taken = samples.setdefault(workload.key, {}).setdefault(subject.name, {})
-                    taken[str(number)] = sample
-                    took = time.monotonic() - begun
-                    where = f"[{number + 1}/{rounds}] {workload.key:16} {subject.name:12}"
-                    say(f"{where}{describe_sample(sample, setting.calm)}  {took:.1f} s")
-    return samples, failures
+                first = (number + place) % max(len(fitting), 1)
+                all_rounds.play(number, workload, fitting[first:] + fitting[:first])
+    return all_rounds
 
 
-def describe_sample(sample: dict[str, Any], calm: float) -> str:
-    """A few words on a measurement that was just made."""
-    if "rss" in sample:
-        each = sample["rss_per_connection"] / 1e3
-        return f"{sample['rss'] / 1e6:9.1f} MB, {each:.1f} kB each"
-    others = sample["foreign_share"]
+def describe_samples(samples: list[dict[str, Any]], calm: float) -> str:
+    """A few words on what was just measured of one subject."""
+    if "rss" in samples[0]:
+        each = samples[0]["rss_per_connection"] / 1e3
+        return f"{samples[0]['rss'] / 1e6:.1f} MB, {each:.1f} kB each"
+    others = max(float(sample["foreign_share"]) for sample in samples)
     note = f" (disturbed: others used {others:.2f} cores)" if others > calm else ""
-    return f"{sample['rate']:9.0f} messages/s{note}"
+    return f"{statistics.median(sample['rate'] for sample in samples):.0f}/s{note}"
 
 
 def able(subject: Subject) -> bool:
@@ -288,19 +343,22 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     times = QUICK if chosen.quick else FULL
     if chosen.seconds is not None:
         times = replace(times, duration=chosen.seconds)
+    if chosen.turns is not None:
+        times = replace(times, turns=chosen.turns)
     versions = {s.name: describe_python(s.python) for s in subjects if s.python is not None}
     begun = time.time()
-    setting = Setting(programs, times, chosen.calm)
-    samples, failures = run_rounds(plan, subjects, rounds, setting)
+    setting = Setting(programs, rounds, times, chosen.calm)
+    taken = run_rounds(plan, subjects, setting)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
         "machine": describe_machine(),
         "subjects": [subject.name for subject in subjects],
         "versions": versions,
         "rounds": rounds,
+        "turns": times.turns,
         "seconds": times.duration,
-        "samples": samples,
-        "failures": failures,
+        "samples": taken.samples,
+        "failures": taken.failures,
     }
 
 

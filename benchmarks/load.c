@@ -1172,7 +1172,7 @@ all_gone(void)
 static bool
 all_idling(void)
 {
-    return living < options.connections + options.idle || idling == living;
+    return idling == living;
 }
 
 static bool
@@ -1192,18 +1192,21 @@ in_seconds(double seconds)
 /*
  * All connections get as far as HELO before the first message begins: under load, libmilter may
  * leave a new connection unserved for seconds, and the load would be another one than is said.
+ * One begins after the other, as each process of an MTA does by itself: what takes turns in
+ * accepting them is not to see a burst that comes from one loop.
  */
 static void
 open_connections(void)
 {
     long all = options.connections + options.idle;
+    long long until = in_seconds(options.timeout);
 
     for (long i = 0; i < all; i++) {
         connections[i].idle = true;
         living++;
         begin_session(&connections[i]);
+        serve(until, all_idling);
     }
-    serve(in_seconds(options.timeout), all_idling);
     if (idling < living && result.errors++ == 0) {
         snprintf(result.error, sizeof result.error, "%ld connections do not get past HELO",
                  living - idling);

@@ -85,10 +85,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Times:
-    """How long a measurement warms up and runs, in seconds."""
+    """How long a turn warms up and runs, in seconds, and how many turns there are in a round."""
 
     warmup: float
     duration: float
+    turns: int = 1
 
 
 # --- the programs in C ------------------------------------------------------------------------
@@ -229,13 +230,13 @@ class Filter:
 
 @contextlib.contextmanager
 def running(subject: Subject, workload: Workload, floor: Path, work: Path) -> Iterator[Filter]:
-    """A filter for the time of one measurement."""
-    path = work / "filter.sock"
+    """A filter for the time of one round."""
+    path = work / f"{subject.name}.sock"
     path.unlink(missing_ok=True)
     unix = workload.transport == "unix"
     address = f"unix:{path}" if unix else f"inet:{free_port()}@127.0.0.1"
     command = subject.command(workload.filter, address, floor)
-    served = Filter(command, address, work / "filter.log")
+    served = Filter(command, address, work / f"{subject.name}.log")
     try:
         served.wait(1 if subject.workers is None else 1 + subject.workers)
         yield served
@@ -317,21 +318,17 @@ def measure_memory(served: Filter, command: list[str], connections: int) -> dict
     return sample
 
 
-def measure(
-    subject: Subject, workload: Workload, programs: tuple[Path, Path], work: Path, times: Times
-) -> dict[str, Any]:
-    """Make one measurement.
+def measure(served: Filter, workload: Workload, program: Path, times: Times) -> dict[str, Any]:
+    """Make one measurement of a filter that runs, with this load generator.
 
     Raises:
-        BenchError: the filter does not start, or does not do what it should.
+        BenchError: the filter does not do what it should.
     """
-    load, floor = programs
-    with running(subject, workload, floor, work) as served:
-        command = load_command(load, workload, served.address)
-        if workload.memory:
-            return measure_memory(served, command, workload.connections)
-        stretched = Times(times.warmup * workload.stretch, times.duration * workload.stretch)
-        return measure_load(served, command, stretched)
+    command = load_command(program, workload, served.address)
+    if workload.memory:
+        return measure_memory(served, command, workload.connections)
+    warmup, duration = times.warmup * workload.stretch, times.duration * workload.stretch
+    return measure_load(served, command, Times(warmup, duration))
 
 
 def allow_many_files() -> None:

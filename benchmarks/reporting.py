@@ -71,25 +71,25 @@ def describe_python(python: str) -> str:
 
 
 def values(results: Results, key: str, subject: str, name: str) -> dict[str, float]:
-    """One figure of a subject under a workload, by round."""
+    """One figure of a subject under a workload, by turn."""
     taken: dict[str, Any] = results["samples"].get(key, {}).get(subject, {})
     return {number: float(sample[name]) for number, sample in taken.items() if name in sample}
 
 
 def median(results: Results, key: str, subject: str, name: str) -> float | None:
-    """Its median over the rounds, None where there is none."""
+    """Its median over all turns, None where there is none."""
     found = values(results, key, subject, name)
     return statistics.median(found.values()) if found else None
 
 
 def ratio(results: Results, key: str, name: str, subject: str, other: str) -> float | None:
-    """The median of the ratios of two subjects within a round."""
+    """The median of the ratios of two subjects in turns that follow each other."""
     mine, theirs = (values(results, key, one, name) for one in (subject, other))
     return median_ratio(mine, theirs)
 
 
 def median_ratio(mine: dict[str, float], theirs: dict[str, float]) -> float | None:
-    """The median of the ratios of what was measured in the same round."""
+    """The median of the ratios of what was measured in the same turn."""
     pairs = [mine[number] / theirs[number] for number in mine if theirs.get(number)]
     return statistics.median(pairs) if pairs else None
 
@@ -355,7 +355,8 @@ def page_section(results: Results, goals: Sequence[Goal]) -> str:
     versions = "; ".join(f"{name}: {what}" for name, what in results["versions"].items())
     measured = (
         f"Measured on {results['date']}: medians of {results['rounds']} rounds of "
-        f"{results['seconds']:g} s, generator and filter on the same machine."
+        f"{results.get('turns', 1)} turns of {results['seconds']:g} s for each subject, generator "
+        "and filter on the same machine."
     )
     parts = [
         measured,

@@ -92,8 +92,6 @@ install_unstarted() {
 ensure_servers() {
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
     ensure_command redis-server redis-server
-    # For building the extra `policy`.
-    [ -e /usr/include/db.h ] || missing+=(libdb-dev)
     install_unstarted postgresql redis-server
 }
 
@@ -225,6 +223,8 @@ pip_install() {
 install_tools() {
     local group file want
     for group in "$@"; do
+        # What pip builds of the tools, the extra `policy`, needs Berkeley DB.
+        if [ "$group" = test ] && ! [ -e /usr/include/db.h ]; then apt_install libdb-dev; fi
         file=scripts/requirements/$group-free-threaded.txt
         if [ ! -e "$file" ] || ! free_threaded; then file=scripts/requirements/$group.txt; fi
         # The one may include the other.
