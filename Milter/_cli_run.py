@@ -105,6 +105,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="how many processes serve; 0 is one per core (%(default)s)",
     )
     parser.add_argument(
+        "--pin-workers",
+        action="store_true",
+        help="each of them keeps to one core, faster under load",
+    )
+    parser.add_argument(
         "--log-level", choices=_LEVELS, default="info", help="on standard error (%(default)s)"
     )
 
@@ -182,10 +187,12 @@ def _serve_with_workers(
         _log.info("%s serves on %s with %d workers", name, where.libmilter, args.workers)
         notifier.ready(f"serving on {where.libmilter} with {args.workers} workers", feed=False)
 
+    _workers.check_pinning(args.pin_workers)
     _workers.check_threads()
     access.open(True)
     _workers.supervise(
         args.workers,
+        pin=args.pin_workers,
         on_ready=tell_that_all_serve,
         on_stop=notifier.stopping,
         on_beat=notifier.alive,

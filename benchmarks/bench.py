@@ -130,8 +130,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, help="length of a turn (0.4; quick: 0.3)")
     add(
         "--subjects",
-        default="floor,ours,pymilter,workers",
-        help="which of the usual subjects take part (all: floor,ours,pymilter,workers)",
+        default="floor,ours,pymilter,workers,pinned",
+        help="which of the usual subjects take part (all: floor,ours,pymilter,workers,pinned)",
     )
     add(
         "--subject",
@@ -191,6 +191,7 @@ def choose_subjects(chosen: argparse.Namespace) -> list[Subject]:
         "ours": Subject("ours", chosen.ours),
         "pymilter": Subject("pymilter", chosen.pymilter),
         "workers": Subject("workers", chosen.ours, workers=2),
+        "pinned": Subject("pinned", chosen.ours, workers=2, pinned=True),
     }
     names = [name for name in chosen.subjects.split(",") if name]
     for name in names:

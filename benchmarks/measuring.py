@@ -36,12 +36,14 @@ class Subject:
     """What is measured.
 
     ``python``: the interpreter that has the package; None for the floor in C.
-    ``workers``: the processes to ask for, None for an ordinary filter.
+    ``workers``: the processes to ask for, None for an ordinary filter.  ``pinned``: each of these
+    keeps to a core.
     """
 
     name: str
     python: str | None = None
     workers: int | None = None
+    pinned: bool = False
 
     def command(self, filter_name: str, address: str, floor: Path) -> list[str]:
         """The filter of that name as a command line."""
@@ -49,7 +51,9 @@ class Subject:
             extra = {"big": ["--count-body"], "block": ["--block-ms", "50"]}.get(filter_name, [])
             return [str(floor), address, *extra]
         command = [self.python, str(HERE / "filters" / f"{filter_name}.py"), address]
-        return command if self.workers is None else [*command, "--workers", str(self.workers)]
+        if self.workers is not None:
+            command += ["--workers", str(self.workers)]
+        return [*command, "--pin"] if self.pinned else command
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Workload:
         """Whether the subject takes part; more processes only where that is the point."""
         if subject.python is None:
             return "floor" in self.subjects
-        if subject.workers is not None and subject.name == "workers":
+        if subject.workers is not None and subject.name in ("workers", "pinned"):
             return "workers" in self.subjects
         return "python" in self.subjects
 

@@ -222,10 +222,11 @@ def evaluate_goals(results: Results) -> list[Goal]:
         ),
         *(
             Goal(
-                f"parse, 2 workers, {count} connections: messages/s of pymilter's",
+                f"parse, 2 {what}, {count} connections: messages/s of pymilter's",
                 1.7,
-                speed(f"parse/unix/{count}", "workers", "pymilter"),
+                speed(f"parse/unix/{count}", subject, "pymilter"),
             )
+            for subject, what in (("workers", "workers"), ("pinned", "pinned workers"))
             for count in (4, 16)
         ),
         *(
@@ -397,7 +398,7 @@ def update_docs(page: Path, results: Results, goals: Sequence[Goal]) -> None:
 
 # --- the plot ---------------------------------------------------------------------------------
 
-COLOURS = {"floor": "0.45", "ours": "C0", "pymilter": "C1", "workers": "C2"}
+COLOURS = {"floor": "0.45", "ours": "C0", "pymilter": "C1", "workers": "C2", "pinned": "C3"}
 
 
 def _series(results: Results, workload: str) -> dict[str, list[tuple[int, float]]]:

@@ -223,6 +223,56 @@ def test_one_for_each_core(run_filter):
     assert filter_.stop() == 0, filter_.output
 
 
+def cores_of(pid: int) -> set[frozenset[int]]:
+    """The cores that the threads of a process may use."""
+    return {
+        frozenset(os.sched_getaffinity(int(task.name)))
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    }
+
+
+def test_workers_keep_to_a_core_each_if_asked(run_filter):
+    mine = sorted(os.sched_getaffinity(0))
+    filter_ = run_filter("k_filter", "--workers", "3", "--pin")
+    pids = workers_of(filter_, 3)
+    send(filter_)
+    place = {pid: number for number, pid in enumerate(order_of_start(filter_))}
+    wanted = [{frozenset([mine[number % len(mine)]])} for number in range(3)]
+    assert [cores_of(pid) for pid in sorted(pids, key=place.__getitem__)] == wanted
+    assert cores_of(filter_.pid) == {frozenset(mine)}
+    victim = order_of_start(filter_)[1]
+    os.kill(victim, signal.SIGKILL)
+    filter_.wait_for(f"(pid {victim}) was killed by SIGKILL")
+    (again,) = set(workers_of(filter_, 3)) - set(pids)
+    assert cores_of(again) == wanted[1]
+    assert filter_.stop() == 0, filter_.output
+
+
+def order_of_start(filter_) -> list[int]:
+    """The first process of each worker, by the worker's number."""
+    first = dict(reversed(re.findall(r"worker (\d) \(pid (\d+)\) serves", filter_.output)))
+    return [int(first[number]) for number in sorted(first)]
+
+
+def test_workers_go_where_they_like_if_not_asked(run_filter):
+    filter_ = run_filter("k_filter")
+    for pid in workers_of(filter_, 2):
+        assert cores_of(pid) == {frozenset(os.sched_getaffinity(0))}
+    assert filter_.stop() == 0, filter_.output
+
+
+@pytest.mark.parametrize("pin", [1, "yes", []])
+def test_pinning_is_yes_or_no(pin):
+    with pytest.raises(TypeError, match="pin_workers must be True or False, not"):
+        Milter.runmilter("bad", "unix:/nowhere/socket", workers=2, pin_workers=pin)
+
+
+def test_pinning_where_the_system_cannot(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with pytest.raises(Milter.error, match="pin_workers: this system does not bind"):
+        Milter.runmilter("bad", "unix:/nowhere/socket", workers=2, pin_workers=True)
+
+
 def test_one_worker_is_this_process(run_filter):
     filter_ = run_filter("k_filter", "--workers", "1", "--init", "ok")
     assert header(send(filter_), "X-Worker") == str(filter_.pid)

@@ -60,8 +60,12 @@ def serve(factory: type[Milter.Base]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("socket", help="where to listen, in libmilter's form")
     parser.add_argument("--workers", type=int, help="how many processes; one without a supervisor")
+    parser.add_argument("--pin", action="store_true", help="each process keeps to a core")
     arguments = parser.parse_args()
+    # pymilter knows none of these.
     options = {} if arguments.workers is None else {"workers": arguments.workers}
+    if arguments.pin:
+        options["pin_workers"] = True
     Milter.factory = factory
     Milter.set_flags(Milter.ADDHDRS)
     Milter.runmilter("bench", arguments.socket, 600, **options)

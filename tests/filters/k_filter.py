@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--hold")
     parser.add_argument("--handle", nargs=2, action="append", default=[])
     parser.add_argument("--thread", action="store_true")
+    parser.add_argument("--pin", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(process)d %(name)s %(levelname)s %(message)s")
     for name, action in options.handle:
@@ -121,6 +122,7 @@ def main() -> None:
             options.socket,
             drain_timeout=options.drain,
             workers=options.workers,
+            pin_workers=options.pin,
             worker_init=(lambda: init(options.init)) if options.init else None,
         )
     except milter.error as exc:
