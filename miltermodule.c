@@ -70,12 +70,17 @@ Filter filter = {
  * while a Python thread state belongs to one OS thread for life.  So each thread gets a state
  * at its first callback, keeps it, and gives it back when it ends. */
 static _Thread_local PyThreadState *thread_state;
+static _Thread_local bool is_worker; /* has run a callback other than close */
 
 /* At thread exit PyThreadState_Clear() needs CPython's own thread-specific values.  These are
  * gone when the destructors of pthread keys run, but not yet when those of C++ thread_local
  * objects do; where the C library has the hook for these (glibc, FreeBSD) it is the place. */
-#if defined(__GLIBC__) || defined(__FreeBSD__)
+#if !defined(THREAD_EXIT_HOOK) && (defined(__GLIBC__) || defined(__FreeBSD__))
 #define THREAD_EXIT_HOOK 1
+#elif !defined(THREAD_EXIT_HOOK)
+#define THREAD_EXIT_HOOK 0
+#endif
+#if THREAD_EXIT_HOOK
 extern int __cxa_thread_atexit_impl(void (*)(void *), void *, void *) __attribute__((weak));
 extern void *__dso_handle __attribute__((visibility("hidden")));
 #endif
@@ -108,7 +113,9 @@ leave_gate(void)
 static void
 give_back_thread_state(void *state)
 {
-    atomic_fetch_sub(&filter.workers, 1);
+    if (is_worker) {
+        atomic_fetch_sub(&filter.workers, 1);
+    }
     if (!pass_gate()) {
         return; /* the interpreter frees what is left of its threads */
     }
@@ -119,7 +126,7 @@ give_back_thread_state(void *state)
     }
     else {
         /* No hook on this platform: clearing now would trip the checks of debug allocators.
-         * Keep the state; it is small, and pools keep their threads. */
+         * Keep the state; threads that end with their connection have none any more. */
         PyEval_SaveThread();
     }
     thread_state = NULL;
@@ -131,6 +138,27 @@ bool
 prepare_threads(void)
 {
     return pthread_key_create(&thread_key, give_back_thread_state) == 0;
+}
+
+/* Where a platform has no hook, a state can only be given back while the thread lives.  There a
+ * libmilter without a pool, of which each connection has a thread, would leak one with each. */
+static void
+give_up_thread(void)
+{
+#if !THREAD_EXIT_HOOK
+    PyThreadState *state = thread_state;
+
+    thread_state = NULL;
+    pthread_setspecific(thread_key, NULL);
+    if (is_worker) {
+        is_worker = false;
+        atomic_fetch_sub(&filter.workers, 1);
+    }
+    PyThreadState_Clear(state);
+    PyThreadState_DeleteCurrent();
+    leave_turnstile();
+    leave_gate();
+#endif
 }
 
 static bool
@@ -153,8 +181,7 @@ adopt_thread(void)
     /* libmilter blocks HUP, INT and TERM in its threads.  A process that a callback starts
      * would inherit that, and ignore a polite end for ever. */
     pthread_sigmask(SIG_SETMASK, &filter.mask, NULL);
-    atomic_fetch_add(&filter.workers, 1);
-#ifdef THREAD_EXIT_HOOK
+#if THREAD_EXIT_HOOK
     if (__cxa_thread_atexit_impl != NULL &&
         __cxa_thread_atexit_impl(give_back_thread_state, thread_state, &__dso_handle) == 0) {
         return true;
@@ -165,7 +192,7 @@ adopt_thread(void)
 }
 
 static bool
-enter_python(void)
+enter_python(enum stage stage)
 {
     if (!pass_gate()) {
         return false;
@@ -173,6 +200,12 @@ enter_python(void)
     if (thread_state == NULL && !adopt_thread()) {
         leave_gate();
         return false;
+    }
+    /* The thread that looks after libmilter's pool calls close for connections that idled too
+     * long, and nothing else. */
+    if (stage != CLOSE && !is_worker) {
+        is_worker = true;
+        atomic_fetch_add(&filter.workers, 1);
     }
     watch_pool();
     enter_turnstile();
@@ -261,13 +294,13 @@ set_reply(Call *call, const char *code, const char *enhanced, const char *text)
 static void
 name_for_reply(const module_state *state, char *out)
 {
-    const char *name;
+    const char *name, *end = out + 4 * NAME_IN_REPLY - 1; /* room for two bytes and the NUL */
     int characters = 0;
 
     LOCK_STATE();
     for (name = state->name != NULL ? state->name : "filter"; *name != '\0'; name++) {
         bool begins_character = ((unsigned char)*name & 0xC0) != 0x80;
-        if (begins_character && characters++ == NAME_IN_REPLY) {
+        if ((begins_character && characters++ == NAME_IN_REPLY) || out >= end) {
             break;
         }
         if (*name == '%') {
@@ -315,13 +348,18 @@ owe(Call *call, sfsistat verdict)
     if (verdict == SMFIS_CONTINUE || call->context == NULL) {
         return;
     }
-    call->context->owed = verdict;
-    if (stages[call->stage].in_message) {
-        call->context->debt = OWED_FOR_MESSAGE;
-    }
-    else if (call->stage == CONNECT || call->stage == HELO) {
+    if (call->stage == CONNECT || call->stage == HELO) {
         call->context->debt = OWED_FOR_CONNECTION;
     }
+    else if (stages[call->stage].in_message ||
+             (call->stage == UNKNOWN && call->context->in_message &&
+              call->context->debt == NOTHING_OWED)) {
+        call->context->debt = OWED_FOR_MESSAGE;
+    }
+    else {
+        return;
+    }
+    call->context->owed = verdict;
 }
 
 static bool
@@ -371,17 +409,34 @@ own_excepthook(void)
     return hook;
 }
 
-/* Text of the MTA for one line of a log: short, and with nothing that could begin another. */
+/* How many bytes of UTF-8 at `s` are something that could begin a line or steer a terminal. */
+static size_t
+size_of_control(const unsigned char *s)
+{
+    if (s[0] < ' ' || s[0] == 0x7F) {
+        return 1;
+    }
+    if (s[0] == 0xC2 && s[1] >= 0x80 && s[1] < 0xA0) {
+        return 2; /* C1 */
+    }
+    return s[0] == 0xE2 && s[1] == 0x80 && (s[2] == 0xA8 || s[2] == 0xA9) ? 3 : 0; /* separators */
+}
+
+/* Text of the MTA for one line of a log: short, with nothing that could begin another, and fit
+ * for every encoding that knows UTF-8. */
 static PyObject *
 text_for_log(const char *text)
 {
-    char line[201];
+    const unsigned char *s = (const unsigned char *)text;
+    char line[200];
     size_t size = 0;
 
-    for (; text[size] != '\0' && size < sizeof line - 1; size++) {
-        line[size] = (unsigned char)text[size] < ' ' || text[size] == 0x7F ? '?' : text[size];
+    while (*s != '\0' && size < sizeof line) {
+        size_t control = size_of_control(s);
+        line[size++] = control > 0 ? '?' : (char)*s;
+        s += Py_MAX(control, 1);
     }
-    return text_from(line, size);
+    return PyUnicode_DecodeUTF8(line, (Py_ssize_t)size, "backslashreplace");
 }
 
 /* Remember who the client is, for reports, where the MTA sends no macro that tells it. */
@@ -440,17 +495,18 @@ report_exception(Call *call)
                                          stages[call->stage].name, id, client);
     Py_XDECREF(client);
     Py_XDECREF(id);
-    hook = own_excepthook();
+    if (message == NULL) {
+        PyErr_WriteUnraisable(NULL); /* out of memory: without the facts then */
+        message = PyUnicode_FromString("exception in a callback");
+    }
+    hook = message == NULL ? NULL : own_excepthook();
     if (hook == NULL) {
         log_record("error", message, exception);
         Py_DECREF(exception);
         return;
     }
-    if (message == NULL) {
-        PyErr_Clear(); /* out of memory: without a note then */
-    }
 #if PY_VERSION_HEX >= 0x030B0000
-    done = message == NULL ? NULL : PyObject_CallMethod(exception, "add_note", "O", message);
+    done = PyObject_CallMethod(exception, "add_note", "O", message);
     if (done == NULL) {
         PyErr_Clear(); /* the note is a courtesy; the report matters */
     }
@@ -683,7 +739,7 @@ begin(Call *call, SMFICTX *handle, enum stage stage)
 {
     *call = (Call){.handle = handle, .stage = stage, .verdict = SMFIS_CONTINUE};
     call->args = call->stack_args;
-    call->attached = enter_python();
+    call->attached = enter_python(stage);
     if (!call->attached) {
         /* Not without the filter's word: the MTA keeps or refuses the message for now.  The
          * context is C memory that outlives the interpreter, so it may still be looked at. */
@@ -726,13 +782,19 @@ add_argument(Call *call, PyObject *argument)
     if (argument == NULL) {
         call->failed = true;
     }
-    else if (call->failed) {
-        Py_DECREF(argument);
-    }
     else {
         call->args[++call->count] = argument;
     }
 }
+
+/* Make an argument, unless one before could not be made: nothing is to run with an exception set.
+ */
+#define ADD_ARGUMENT(call, expression)                                                             \
+    do {                                                                                           \
+        if (!(call)->failed) {                                                                     \
+            add_argument(call, expression);                                                        \
+        }                                                                                          \
+    } while (0)
 
 /* The callback forked and this is the child: libmilter's threads, and the right to answer the
  * MTA, are the parent's.  End as a script does when it runs out. */
@@ -796,7 +858,12 @@ detach(Call *call)
         }
     }
     judge(call->stage, call->began);
-    leave_python();
+    if (call->stage == CLOSE && !THREAD_EXIT_HOOK) {
+        give_up_thread();
+    }
+    else {
+        leave_python();
+    }
     return verdict;
 }
 
@@ -823,9 +890,9 @@ on_connect(SMFICTX *handle, char *hostname, _SOCK_ADDR *address)
 
     if (begin(&call, handle, CONNECT)) {
         keep_client(&call, hostname, address);
-        add_argument(&call, text_from(hostname, strlen(hostname)));
-        add_argument(&call, PyLong_FromLong(address != NULL ? address->sa_family : 0));
-        add_argument(&call, client_address(address));
+        ADD_ARGUMENT(&call, text_from(hostname, strlen(hostname)));
+        ADD_ARGUMENT(&call, PyLong_FromLong(address != NULL ? address->sa_family : 0));
+        ADD_ARGUMENT(&call, client_address(address));
     }
     return finish(&call);
 }
@@ -836,7 +903,7 @@ on_helo(SMFICTX *handle, char *hostname)
     Call call;
 
     if (begin(&call, handle, HELO)) {
-        add_argument(&call, text_from(hostname, strlen(hostname)));
+        ADD_ARGUMENT(&call, text_from(hostname, strlen(hostname)));
     }
     return finish(&call);
 }
@@ -863,7 +930,7 @@ on_envelope(SMFICTX *handle, enum stage stage, char **argv)
             call.args = args;
         }
         for (size_t i = 0; i < count; i++) {
-            add_argument(&call, PyBytes_FromString(argv[i]));
+            ADD_ARGUMENT(&call, PyBytes_FromString(argv[i]));
         }
     }
     return finish(&call);
@@ -887,8 +954,8 @@ on_header(SMFICTX *handle, char *name, char *value)
     Call call;
 
     if (begin(&call, handle, HEADER)) {
-        add_argument(&call, text_from(name, strlen(name)));
-        add_argument(&call, PyBytes_FromString(value));
+        ADD_ARGUMENT(&call, text_from(name, strlen(name)));
+        ADD_ARGUMENT(&call, PyBytes_FromString(value));
     }
     return finish(&call);
 }
@@ -899,7 +966,7 @@ on_body(SMFICTX *handle, unsigned char *chunk, size_t size)
     Call call;
 
     if (begin(&call, handle, BODY)) {
-        add_argument(&call, PyBytes_FromStringAndSize((const char *)chunk, (Py_ssize_t)size));
+        ADD_ARGUMENT(&call, PyBytes_FromStringAndSize((const char *)chunk, (Py_ssize_t)size));
     }
     return finish(&call);
 }
@@ -922,7 +989,7 @@ on_unknown(SMFICTX *handle, const char *command)
     Call call;
 
     if (begin(&call, handle, UNKNOWN)) {
-        add_argument(&call, text_from(command, bounded_length(command)));
+        ADD_ARGUMENT(&call, text_from(command, bounded_length(command)));
     }
     return finish(&call);
 }
@@ -965,6 +1032,9 @@ on_close(SMFICTX *handle)
 {
     Call call;
 
+    if (smfi_getpriv(handle) == NULL) {
+        return SMFIS_CONTINUE; /* nothing was ever said here, as when nudge() connects */
+    }
     begin(&call, handle, CLOSE);
     if (call.callback != NULL) {
         PyObject *result = call_back(&call);
@@ -976,8 +1046,8 @@ on_close(SMFICTX *handle)
     if (call.context != NULL) {
         forget_connection(call.context);
     }
-    if (!call.attached) {
-        smfi_setpriv(handle, NULL); /* libmilter logs what is left there */
+    else if (!call.attached) {
+        lose_connection(smfi_getpriv(handle));
     }
     return detach(&call);
 }
@@ -1057,8 +1127,11 @@ send_symlists(ContextObject *context, PyObject *symlists)
         space = PyBytes_FromString(" ");
         joined = space == NULL ? NULL : PyObject_CallMethod(space, "join", "O", macros);
         done = joined != NULL;
-        if (done && smfi_setsymlist(context->handle, (int)PyLong_AsLong(stage),
-                                    PyBytes_AS_STRING(joined)) != MI_SUCCESS) {
+        /* Older releases of libmilter refuse an empty list; then all macros come. */
+        if (done &&
+            smfi_setsymlist(context->handle, (int)PyLong_AsLong(stage),
+                            PyBytes_AS_STRING(joined)) != MI_SUCCESS &&
+            PyBytes_GET_SIZE(joined) > 0) {
             PyErr_SetString(context->state->error, "smfi_setsymlist failed");
             done = false;
         }
@@ -1445,8 +1518,10 @@ milter_setconn(PyObject *module, PyObject *value)
     }
     if (!PyUnicode_FSConverter(value, &bytes)) {
         if (PyErr_ExceptionMatches(PyExc_ValueError)) {
+            bool unencodable = PyErr_ExceptionMatches(PyExc_UnicodeEncodeError);
             PyErr_Clear();
-            refuse(state, "setconn", "name", "must not hold NUL", value);
+            refuse(state, "setconn", "name",
+                   unencodable ? "cannot be encoded as a path" : "must not hold NUL", value);
         }
         return NULL;
     }
@@ -1790,7 +1865,7 @@ static PyMethodDef milter_functions[] = {
     {"_call_objects", milter__call_objects, METH_O, NULL},
     {"_close_gate", close_gate, METH_NOARGS, NULL},
     {"_after_fork_in_child", after_fork_in_child, METH_NOARGS, NULL},
-    {"_share_socket", share_socket, METH_VARARGS, NULL},
+    {"_share_socket", share_socket, METH_O, NULL},
     {"_become_worker", become_worker, METH_VARARGS, NULL},
     {"_worker_gone", worker_gone, METH_O, NULL},
     {"_stop_state", stop_state, METH_NOARGS, NULL},

@@ -15,11 +15,9 @@ import operator
 import os
 import select
 import signal
-import socket
 import stat
 import struct
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -243,10 +241,7 @@ class _Supervisor:
             gc.collect()
             gc.freeze()
             stack.callback(gc.unfreeze)
-        dummy = _unreachable_socket()
-        if dummy is not None:
-            stack.callback(dummy.close)
-        milter._share_socket(len(self._workers), -1 if dummy is None else dummy.fileno())
+        milter._share_socket(len(self._workers))
         self._reports = _pipe(stack)
         self._wakeup = _pipe(stack)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
@@ -517,21 +512,6 @@ def _close_socket() -> None:
     """Stop listening, for all processes, and remove the unix socket if it is still ours."""
     milter.stop()
     milter.main()
-
-
-def _unreachable_socket() -> socket.socket | None:
-    """A listening socket that nobody can connect to, None where it cannot be had."""
-    server = socket.socket(socket.AF_UNIX)
-    try:
-        with tempfile.TemporaryDirectory(prefix="milter-") as directory:
-            server.bind(os.path.join(directory, "s"))
-            server.listen(1)
-        server.setblocking(False)
-    except OSError as exc:
-        _log.info("connections are not spread evenly over the workers: %s", exc)
-        server.close()
-        return None
-    return server
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:

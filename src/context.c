@@ -19,15 +19,13 @@ new_context(module_state *state, SMFICTX *handle, enum stage stage)
     return self;
 }
 
-/* The connection is closed: after this no method reaches libmilter. */
-void
-forget_connection(ContextObject *context)
+/* After this no method reaches libmilter.  Called with the context's lock held, which it gives
+ * back. */
+static void
+let_go(ContextObject *context)
 {
     SMFICTX *handle = context->handle;
 
-    end_message(context);
-    remember(context);
-    lock_context(context); /* another thread may be in libmilter with this handle */
     context->handle = NULL;
     context->stage = OUTSIDE;
     pthread_mutex_unlock(&context->lock);
@@ -37,8 +35,27 @@ forget_connection(ContextObject *context)
     if (atomic_load(&filter.draining)) {
         wake_main();
     }
+}
+
+/* The connection is closed. */
+void
+forget_connection(ContextObject *context)
+{
+    end_message(context);
+    remember(context);
+    lock_context(context); /* another thread may be in libmilter with this handle */
+    let_go(context);
     Py_XDECREF(swap_priv(context, NULL)); /* breaks the cycle with the application's object */
     Py_DECREF(context);                   /* the reference that libmilter's pointer owned */
+}
+
+/* The same where this thread cannot enter Python: the objects stay behind. */
+void
+lose_connection(ContextObject *context)
+{
+    end_message(context);
+    pthread_mutex_lock(&context->lock);
+    let_go(context);
 }
 
 /* The object that the context keeps; returns the one before, owned, or NULL. */
@@ -159,8 +176,8 @@ perform(ContextObject *self, const Action *action, void *operands)
         return true;
     }
     if (why == NULL) {
-        PyErr_Format(self->state->error, "%s failed: the connection to the MTA is broken",
-                     action->call);
+        PyErr_Format(self->state->error, "%s failed%s", action->call,
+                     action->writes ? ": the connection to the MTA is broken" : "");
     }
     else if (self->handle == NULL) {
         PyErr_SetString(self->state->error, why);
@@ -242,10 +259,13 @@ run_replacebody(SMFICTX *handle, void *operands)
     Py_buffer *body = operands;
     unsigned char *from = body->buf;
     Py_ssize_t left = body->len;
+    size_t packet = filter.max_data;
+    /* libmilter cuts it into chunks, whatever setmaxdatasize() says. */
+    Py_ssize_t most = packet < MILTER_CHUNK_SIZE ? (Py_ssize_t)packet : MILTER_CHUNK_SIZE * 1024;
     int result;
 
     do {
-        int size = (int)Py_MIN(left, (Py_ssize_t)(MILTER_CHUNK_SIZE * 1024));
+        int size = (int)Py_MIN(left, most);
         result = smfi_replacebody(handle, from, size);
         from += size;
         left -= size;

@@ -4,7 +4,7 @@
  * stop.  libmilter's own way to stop is not used: it cuts messages in progress, takes up to
  * five seconds and removes whatever then stands at the socket's path.  Instead:
  *
- *  1. The listening descriptor is replaced by one that nobody connects to, and the unix
+ *  1. The listening descriptor is replaced by one that nobody can reach, and the unix
  *     socket is removed if it is still ours.
  *  2. New messages are refused (451 4.3.2); those in progress may end, up to the deadline.
  *  3. The connections are shut down for reading.  libmilter still writes the replies that it
@@ -167,23 +167,36 @@ start_libmilter(module_state *state)
     return 0;
 }
 
+/* A pipe to wake poll() by; no matter how much is written to it. */
+bool
+open_wake_pipe(int ends[2])
+{
+    if (pipe(ends) < 0) {
+        return false;
+    }
+    for (int i = 0; i < 2; i++) {
+        fcntl(ends[i], F_SETFL, O_NONBLOCK);
+        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+    }
+    return true;
+}
+
 int
 open_pipe(module_state *state)
 {
     static bool hooked;
+    static bool prepared;
     int ends[2];
 
     if (filter.pipe[0] < 0) {
-        if (pipe(ends) < 0) {
+        if (!open_wake_pipe(ends)) {
             return raise_os_error(state, errno, "cannot create", "a pipe", "");
         }
-        for (int i = 0; i < 2; i++) {
-            fcntl(ends[i], F_SETFL, O_NONBLOCK);
-            fcntl(ends[i], F_SETFD, FD_CLOEXEC);
-            filter.pipe[i] = ends[i];
-        }
+        filter.pipe[0] = ends[0];
+        filter.pipe[1] = ends[1];
     }
-    hooked = hooked || (prepare_threads() && pthread_atfork(NULL, NULL, give_back_signals) == 0);
+    prepared = prepared || prepare_threads();
+    hooked = hooked || (prepared && pthread_atfork(NULL, NULL, give_back_signals) == 0);
     return hooked ? 0 : raise_os_error(state, EAGAIN, "cannot prepare", "threads", "");
 }
 
@@ -227,6 +240,7 @@ after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
             filter.pipe[i] = -1;
         }
     }
+    drop_sockets();
     free(filter.path);
     filter.path = NULL;
     atomic_store(&filter.gate_closed, true);
@@ -252,10 +266,10 @@ hook_interpreter(PyObject *module, module_state *state)
         return -1;
     }
     hook = PyObject_GetAttrString(os, "register_at_fork");
-    function = PyObject_GetAttrString(module, "_after_fork_in_child");
+    function = hook == NULL ? NULL : PyObject_GetAttrString(module, "_after_fork_in_child");
     keywords = function == NULL ? NULL : Py_BuildValue("{sN}", "after_in_child", function);
-    function = PyObject_GetAttrString(module, "_close_gate");
-    if (atexit != NULL && hook != NULL && keywords != NULL && function != NULL) {
+    function = keywords == NULL ? NULL : PyObject_GetAttrString(module, "_close_gate");
+    if (function != NULL) {
         PyObject *none = PyTuple_New(0);
         done = none == NULL ? NULL : PyObject_Call(hook, none, keywords);
         Py_XDECREF(none);
@@ -290,8 +304,15 @@ warn_of_few_descriptors(void)
 static bool
 stops_all(module_state *state)
 {
-    return !atomic_load(&filter.listener_ended) &&
-           (state->raised == NULL || PyErr_GivenExceptionMatches(state->raised, PyExc_SystemExit));
+    PyObject *raised;
+    bool all;
+
+    LOCK_STATE();
+    raised = Py_XNewRef(state->raised);
+    UNLOCK_STATE();
+    all = raised == NULL || PyErr_GivenExceptionMatches(raised, PyExc_SystemExit);
+    Py_XDECREF(raised);
+    return all && !atomic_load(&filter.listener_ended);
 }
 
 /* From opening the doors to an empty house. */

@@ -2,6 +2,13 @@
 
 #include "milter.h"
 
+/* A child that is started meanwhile must not hold a connection open. */
+#ifdef SOCK_CLOEXEC
+#define CLOEXEC SOCK_CLOEXEC
+#else
+#define CLOEXEC 0
+#endif
+
 /* Raise milter.error with an OSError as its cause. */
 int
 raise_os_error(module_state *state, int code, const char *what, const char *where, const char *mend)
@@ -147,11 +154,13 @@ is_listening(int fd)
     return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening;
 }
 
-/* libmilter does not say which descriptor it listens on: it is the listening socket that was
- * not there before. */
+/* libmilter does not say which descriptor it listens on: it is the listening socket at that
+ * address that was not there before.  Other threads may open listening sockets meanwhile. */
+#define LOOKED_AT 65536 /* descriptors */
+
 typedef struct {
-    int known[64];
-    int count;
+    const Address *address;
+    unsigned char known[LOOKED_AT / 8];
     int found;
 } ListenerSearch;
 
@@ -160,10 +169,33 @@ note_listener(int fd, void *arg)
 {
     ListenerSearch *search = arg;
 
-    if (search->count < (int)Py_ARRAY_LENGTH(search->known) && is_listening(fd)) {
-        search->known[search->count++] = fd;
+    if (fd < LOOKED_AT && is_listening(fd)) {
+        search->known[fd / 8] |= (unsigned char)(1 << fd % 8);
     }
     return false;
+}
+
+static bool
+is_at(int fd, const Address *address)
+{
+    struct sockaddr_storage name = {0};
+    socklen_t size = sizeof name;
+    int family = address->kind == UNIX_SOCKET    ? AF_UNIX
+                 : address->kind == INET6_SOCKET ? AF_INET6
+                                                 : AF_INET;
+    long port = strtol(address->rest, NULL, 10); /* 0: the name of a service */
+
+    if (getsockname(fd, (struct sockaddr *)&name, &size) < 0 || name.ss_family != family) {
+        return false;
+    }
+    switch (address->kind) {
+    case UNIX_SOCKET:
+        return strcmp(((struct sockaddr_un *)&name)->sun_path, address->rest) == 0;
+    case INET6_SOCKET:
+        return port == 0 || ntohs(((struct sockaddr_in6 *)&name)->sin6_port) == port;
+    default:
+        return port == 0 || ntohs(((struct sockaddr_in *)&name)->sin_port) == port;
+    }
 }
 
 static bool
@@ -171,13 +203,9 @@ find_new_listener(int fd, void *arg)
 {
     ListenerSearch *search = arg;
 
-    if (!is_listening(fd)) {
+    if (!is_listening(fd) || (fd < LOOKED_AT && search->known[fd / 8] & 1 << fd % 8) ||
+        !is_at(fd, search->address)) {
         return false;
-    }
-    for (int i = 0; i < search->count; i++) {
-        if (search->known[i] == fd) {
-            return false;
-        }
     }
     search->found = fd;
     return true;
@@ -188,7 +216,7 @@ static int
 probe_bind(const struct sockaddr *address, socklen_t size)
 {
     int on = 1, code = 0;
-    int fd = socket(address->sa_family, SOCK_STREAM, 0);
+    int fd = socket(address->sa_family, SOCK_STREAM | CLOEXEC, 0);
 
     if (fd < 0) {
         return errno;
@@ -294,6 +322,8 @@ raise_inet_failure(module_state *state, const Address *address)
                           code != 0 ? how_to_mend(code, address->kind) : "see the system's log");
 }
 
+static LocalAddress own_address; /* of the listening socket; no size where it is not known */
+
 /* Remember what was bound, so that at stop only that is removed, wherever the process is then. */
 static void
 note_unix_socket(const char *path)
@@ -320,8 +350,8 @@ note_unix_socket(const char *path)
 int
 open_socket(module_state *state, bool remove_old)
 {
-    ListenerSearch search = {.found = -1};
     Address address;
+    ListenerSearch search = {.address = &address, .found = -1};
     char advice[300];
     int result, on = 1;
 
@@ -355,6 +385,10 @@ open_socket(module_state *state, bool remove_old)
         each_descriptor(find_new_listener, &search);
     }
     filter.listener = search.found;
+    own_address.size = sizeof own_address.name;
+    if (getsockname(search.found, (struct sockaddr *)&own_address.name, &own_address.size) < 0) {
+        own_address.size = 0;
+    }
     if (address.kind == UNIX_SOCKET) {
         note_unix_socket(address.rest);
     }
@@ -367,25 +401,14 @@ open_socket(module_state *state, bool remove_old)
     return 0;
 }
 
-/* A listening socket that nobody can know of: libmilter's listener sleeps on it for good. */
-static int
+/* A socket without a name, so that nobody can send to it: libmilter's listener, which asks only
+ * whether there is something to accept, sleeps on it for good. */
+int
 open_dummy_listener(void)
 {
-#ifdef __linux__
-    struct sockaddr_storage address = {.ss_family = AF_UNIX};
-    socklen_t size = sizeof address.ss_family; /* autobind: a random abstract name */
-#else
-    struct sockaddr_storage address = {.ss_family = AF_INET};
-    socklen_t size = sizeof(struct sockaddr_in);
-    ((struct sockaddr_in *)&address)->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-#endif
-    int fd = socket(address.ss_family, SOCK_STREAM, 0);
+    int fd = socket(AF_UNIX, SOCK_DGRAM | CLOEXEC, 0);
 
-    if (fd < 0) {
-        return -1;
-    }
-    if (bind(fd, (struct sockaddr *)&address, size) < 0 || listen(fd, 1) < 0 ||
-        fcntl(fd, F_SETFL, O_NONBLOCK) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) {
+    if (fd >= 0 && fcntl(fd, F_SETFL, O_NONBLOCK) < 0) {
         close(fd);
         return -1;
     }
@@ -434,10 +457,18 @@ same_local_address(const LocalAddress *local, const struct sockaddr_storage *oth
 }
 
 static bool
-end_reading(int fd, void *arg)
+is_connection(int fd, const LocalAddress *local)
 {
     struct sockaddr_storage name = {0};
     socklen_t size = sizeof name;
+
+    return getsockname(fd, (struct sockaddr *)&name, &size) == 0 && !is_listening(fd) &&
+           same_local_address(local, &name, size);
+}
+
+static bool
+end_reading(int fd, void *arg)
+{
     struct stat status;
     int own = -1;
 
@@ -447,13 +478,35 @@ end_reading(int fd, void *arg)
     }
 
     if (own >= 0) {
-        if (getsockname(own, (struct sockaddr *)&name, &size) == 0 && !is_listening(own) &&
-            same_local_address(arg, &name, size)) {
+        if (is_connection(own, arg)) {
             shutdown(own, SHUT_RD);
         }
         close(own);
     }
     return false;
+}
+
+static bool
+close_connection(int fd, void *Py_UNUSED(arg))
+{
+    if (is_connection(fd, &own_address)) {
+        close(fd);
+    }
+    return false;
+}
+
+/* In a forked child: what it held would stay open for the MTA when the filter closes it, and the
+ * port would be taken, for as long as the child lives. */
+void
+drop_sockets(void)
+{
+    if (own_address.size > 0) {
+        each_descriptor(close_connection, NULL);
+    }
+    if (filter.listener >= 0) {
+        close(filter.listener);
+        filter.listener = -1;
+    }
 }
 
 /* Have libmilter's listener look whether it shall stop, by a connection that ends at once. */
@@ -475,7 +528,7 @@ poke_listener(void)
     if (name.ss_family == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&in6->sin6_addr)) {
         in6->sin6_addr = in6addr_loopback;
     }
-    fd = socket(name.ss_family, SOCK_STREAM, 0);
+    fd = socket(name.ss_family, SOCK_STREAM | CLOEXEC, 0);
     if (fd >= 0) {
         fcntl(fd, F_SETFL, O_NONBLOCK);
         (void)!connect(fd, (struct sockaddr *)&name, size);
@@ -483,7 +536,7 @@ poke_listener(void)
     }
 }
 
-/* Put a socket that nobody connects to in the place of the one that libmilter listens on.  Its
+/* Put a socket that nobody can reach in the place of the one that libmilter listens on.  Its
  * poll() holds the old one until it returns, up to five seconds later, so that is shut down as
  * well: new connections are refused at once, and the port is free for a successor.  A socket
  * that was inherited is left as it is, since other processes may listen on it too; so is that of

@@ -287,14 +287,17 @@ int poll_and_tend_pool(struct pollfd *wait, int timeout);
 /* context.c: the context object */
 ContextObject *new_context(module_state *state, SMFICTX *handle, enum stage stage);
 void forget_connection(ContextObject *context);
+void lose_connection(ContextObject *context);
 
 /* listener.c: the listening socket */
 int raise_os_error(module_state *state, int code, const char *what, const char *where,
                    const char *mend);
 const char *why_bad_conn(const char *conn, char *advice, size_t advice_size);
 bool is_listening(int fd);
+int open_dummy_listener(void);
 int open_socket(module_state *state, bool remove_old);
 void remove_unix_socket(void);
+void drop_sockets(void);
 void poke_listener(void);
 void end_connections(LocalAddress *local);
 void stop_listening(LocalAddress *local);
@@ -307,12 +310,14 @@ bool in_main_thread(void);
 void borrow_wakeup_fd(void);
 void return_wakeup_fd(void);
 void forward_signals(const char *bytes, ssize_t count);
+int take_free_signal(const struct sigaction *action);
 void prepare_parking(sigset_t *mask);
 void park_signal_thread(void);
 void cancel_parking(void);
 bool libmilter_took_signal(void);
 
 /* lifecycle.c: from main() to the end of the process */
+bool open_wake_pipe(int ends[2]);
 int open_pipe(module_state *state);
 PyObject *close_gate(PyObject *module, PyObject *Py_UNUSED(ignored));
 PyObject *after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored));
@@ -331,7 +336,7 @@ void wake_listener(void);
 void begin_work(void);
 void end_work(bool for_all);
 void forget_supervisor(void);
-PyObject *share_socket(PyObject *module, PyObject *args);
+PyObject *share_socket(PyObject *module, PyObject *value);
 PyObject *become_worker(PyObject *module, PyObject *args);
 PyObject *worker_gone(PyObject *module, PyObject *value);
 PyObject *stop_state(PyObject *module, PyObject *Py_UNUSED(ignored));

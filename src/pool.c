@@ -45,8 +45,7 @@ all_are_busy(void)
 void
 watch_pool(void)
 {
-    if (!atomic_load_explicit(&ticking, memory_order_relaxed) && all_are_busy() &&
-        !atomic_exchange(&ticking, true)) {
+    if (!atomic_load(&ticking) && all_are_busy() && !atomic_exchange(&ticking, true)) {
         wake_main();
     }
 }
@@ -97,6 +96,10 @@ poll_and_tend_pool(struct pollfd *wait, int timeout)
         ready = poll(wait, 1, TICK);
         if (!look()) {
             atomic_store(&ticking, false);
+            /* A callback that was the last to begin may have relied on our looking. */
+            if (all_are_busy()) {
+                atomic_store(&ticking, true);
+            }
         }
     }
     return ready != 0 ? ready : poll(wait, 1, timeout);

@@ -64,10 +64,10 @@ hold_back(int number)
             last_sign = monotonic_now();
         }
     }
+    atomic_store(&held_back, false); /* from here on main() takes the action, if it comes first */
     if (atomic_load(&filter.drained) && atomic_exchange(&filter.signal, 0) != 0) {
         take_action(number);
     }
-    atomic_store(&held_back, false);
 }
 
 static bool
@@ -114,6 +114,8 @@ is_default_action(int number, const struct sigaction *action)
     module = PyImport_ImportModule("signal");
     if (module != NULL) {
         handler = PyObject_CallMethod(module, "getsignal", "i", number);
+    }
+    if (handler != NULL) {
         theirs = PyObject_GetAttrString(module, "default_int_handler");
     }
     is_default = handler != NULL && handler == theirs;
@@ -400,11 +402,26 @@ send_again(void)
     }
 }
 
+/* Install a handler for the first real-time signal, from the top, that has none; 0: all have. */
+int
+take_free_signal(const struct sigaction *action)
+{
+    struct sigaction current;
+
+    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
+        if (sigaction(number, NULL, &current) == 0 && current.sa_handler == SIG_DFL &&
+            sigaction(number, action, NULL) == 0) {
+            return number;
+        }
+    }
+    return 0;
+}
+
 /* Before libmilter's threads start: choose the signal, and open it in their mask. */
 void
 prepare_parking(sigset_t *mask)
 {
-    struct sigaction current, action = {.sa_sigaction = park, .sa_flags = SA_SIGINFO};
+    struct sigaction action = {.sa_sigaction = park, .sa_flags = SA_SIGINFO};
 
     set_pending_aside();
     known_count = 0;
@@ -413,12 +430,9 @@ prepare_parking(sigset_t *mask)
         return; /* the program has more threads than we can tell from libmilter's */
     }
     sigfillset(&action.sa_mask);
-    for (int number = SIGRTMAX; number >= SIGRTMIN && park_signal == 0; number--) {
-        if (sigaction(number, NULL, &current) == 0 && current.sa_handler == SIG_DFL &&
-            sigaction(number, &action, NULL) == 0) {
-            park_signal = number;
-            sigdelset(mask, number);
-        }
+    park_signal = take_free_signal(&action);
+    if (park_signal != 0) {
+        sigdelset(mask, park_signal);
     }
 }
 

@@ -30,6 +30,11 @@
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #endif
+#ifdef SYS_futex /* 32-bit systems of late have another one only */
+#define USE_FUTEX 1
+#else
+#define USE_FUTEX 0
+#endif
 
 #define PATIENCE 500   /* µs in a callback after which the holder is overtaken */
 #define BACKSTOP 20000 /* µs that the sleepers wait who do not watch */
@@ -81,18 +86,19 @@ relax(void)
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
     __builtin_ia32_pause();
-#elif defined(__aarch64__) || defined(__arm__)
+#elif defined(__aarch64__) || (defined(__arm__) && __ARM_ARCH >= 7)
     __asm__ __volatile__("yield");
 #endif
 }
 
-#if defined(__linux__)
+#if USE_FUTEX
 static void
 sleep_while(unsigned seen, unsigned patience)
 {
-    struct timespec timeout = {.tv_sec = 0, .tv_nsec = (long)patience * 1000};
+    /* The kernel's own timespec, which is not the C library's where that has 64-bit times. */
+    long timeout[2] = {0, (long)patience * 1000};
 
-    syscall(SYS_futex, &turnstile.holder, FUTEX_WAIT_PRIVATE, seen, &timeout, NULL, 0);
+    syscall(SYS_futex, &turnstile.holder, FUTEX_WAIT_PRIVATE, seen, timeout, NULL, 0);
 }
 
 static void
@@ -164,6 +170,9 @@ queue_up(void)
 
         if (holder == NOBODY || ((holder & 1) != 0 && age_of(holder) > PATIENCE)) {
             inside = take_place_of(holder);
+            if (inside && holder != NOBODY && atomic_load(&turnstile.sleepers) > 1) {
+                wake_one(); /* to watch in our place */
+            }
             continue;
         }
         watcher = !atomic_exchange(&turnstile.watched, true);
@@ -181,6 +190,9 @@ queue_up(void)
 void
 enter_turnstile(void)
 {
+    if (atomic_load(&filter.forked)) {
+        return; /* whoever was inside is in the parent */
+    }
     if (!take_place_of(NOBODY) && !spin()) {
         queue_up();
     }

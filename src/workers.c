@@ -5,7 +5,7 @@
  * can get, and the one that is awake gets the next connection too.  So each worker says in
  * shared memory how many connections it has, and one that has more than its share stands
  * back: the descriptor on which its libmilter listens is replaced by one that nobody can
- * connect to.  A thread without Python, the porter, watches the socket meanwhile.  When
+ * reach.  A thread without Python, the porter, watches the socket meanwhile.  When
  * something arrives and the worker's share has grown, the porter puts the descriptor back at
  * once; when nobody else takes the connection, after PATIENCE.
  *
@@ -59,7 +59,7 @@ end_of_line(void)
 
 /* ------------------------------------------------------ who accepts */
 
-static int dummy = -1;       /* a socket that nobody can connect to */
+static int dummy = -1;       /* a socket that nobody can reach */
 static atomic_int real = -1; /* a duplicate of the listening socket, while the door is in use */
 static LocalAddress address; /* of the listening socket */
 static int bell[2] = {-1, -1};
@@ -105,32 +105,22 @@ no_action(int Py_UNUSED(number))
 {
 }
 
-/* The first real-time signal from the top for which there is no handler. */
-static int
-take_free_signal(void)
-{
-    struct sigaction current, action = {.sa_handler = no_action};
-
-    sigfillset(&action.sa_mask);
-    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
-        if (sigaction(number, NULL, &current) == 0 && current.sa_handler == SIG_DFL &&
-            sigaction(number, &action, NULL) == 0) {
-            return number;
-        }
-    }
-    return 0;
-}
-
 /* Before libmilter's threads start, which take over `mask`. */
 void
 prepare_door(sigset_t *mask)
 {
-    if (me == NULL || filter.listener < 0 || (wake_signal = take_free_signal()) == 0) {
+    struct sigaction action = {.sa_handler = no_action};
+
+    if (me == NULL || filter.listener < 0) {
+        return;
+    }
+    sigfillset(&action.sa_mask);
+    if (wake_signal == 0 && (wake_signal = take_free_signal(&action)) == 0) {
         return;
     }
     sigdelset(mask, wake_signal);
     address.size = sizeof address.name;
-    if (dummy >= 0 &&
+    if (atomic_load(&real) < 0 &&
         getsockname(filter.listener, (struct sockaddr *)&address.name, &address.size) == 0) {
         atomic_store(&real, fcntl(filter.listener, F_DUPFD_CLOEXEC, 0));
     }
@@ -300,12 +290,8 @@ start_porter(void)
     pthread_t thread;
     int code;
 
-    if (pipe(bell) < 0) {
+    if (!open_wake_pipe(bell)) {
         return false;
-    }
-    for (int i = 0; i < 2; i++) {
-        fcntl(bell[i], F_SETFL, O_NONBLOCK);
-        fcntl(bell[i], F_SETFD, FD_CLOEXEC);
     }
     sigfillset(&all);
     pthread_attr_init(&attributes);
@@ -402,7 +388,12 @@ end_work(bool for_all)
 void
 forget_supervisor(void)
 {
+    int socket = atomic_exchange(&real, -1);
+
     me = NULL;
+    if (socket >= 0) {
+        close(socket);
+    }
     if (report >= 0) {
         close(report);
     }
@@ -412,15 +403,16 @@ forget_supervisor(void)
     report = lifeline = -1;
 }
 
-/* _share_socket(count, dummy): in the supervisor, before the first fork. */
+/* _share_socket(count): in the supervisor, before the first fork. */
 PyObject *
-share_socket(PyObject *module, PyObject *args)
+share_socket(PyObject *module, PyObject *value)
 {
     module_state *state = PyModule_GetState(module);
-    int count, flags;
+    long count = PyLong_AsLong(value);
+    int flags;
     void *memory;
 
-    if (!PyArg_ParseTuple(args, "ii:_share_socket", &count, &dummy)) {
+    if (count == -1 && PyErr_Occurred()) {
         return NULL;
     }
     if (filter.phase != SOCKET_OPEN || crew != NULL || count < 1 || count > MAX_WORKERS) {
@@ -435,14 +427,15 @@ share_socket(PyObject *module, PyObject *args)
     }
     /* Two workers may wake for a connection that only one of them gets. */
     flags = fcntl(filter.listener, F_GETFL);
-    if (flags < 0 || fcntl(filter.listener, F_SETFL, flags | O_NONBLOCK) < 0) {
+    if (flags < 0 || fcntl(filter.listener, F_SETFL, flags | O_NONBLOCK) < 0 ||
+        (dummy = open_dummy_listener()) < 0) {
         int code = errno;
         munmap(memory, sizeof(Crew) + (size_t)count * sizeof(Worker));
         raise_os_error(state, code, "cannot share", "the listening socket", "");
         return NULL;
     }
     crew = memory;
-    crew->count = count;
+    crew->count = (int)count;
     atomic_store(&crew->numbers, atomic_load(numbers));
     numbers = &crew->numbers;
     supervisor = getpid();

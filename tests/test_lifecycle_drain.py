@@ -60,6 +60,29 @@ def is_complete(result):
     return True
 
 
+def listening(pid):
+    """The unix sockets on which a process listens: their lines in /proc/net/unix."""
+    links = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(descriptor))
+    with open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
+        lines = [line.split() for line in file]
+    return [line for line in lines if line[3] == "00010000" and f"socket:[{line[6]}]" in links]
+
+
+def test_nobody_can_reach_a_filter_that_stops(held, connect):
+    filter_, hold = held("eom")
+    message = Sending(connect(filter_))
+    filter_.wait_for("in eom")
+    assert len(listening(filter_.pid)) == 1
+    os.kill(filter_.pid, signal.SIGTERM)
+    wait_until(lambda: listening(filter_.pid) == [], "somebody could connect")
+    hold.release()
+    assert is_complete(message.result())
+    assert filter_.wait() == 0
+
+
 # --- messages in progress ------------------------------------------------------------------
 
 

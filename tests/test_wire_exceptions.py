@@ -33,13 +33,23 @@ def test_the_report_has_traceback_stage_and_queue_id(scripted: Any) -> None:
     assert lines[-1] == f"KeyError: '{each.tag}'"
 
 
-def test_a_queue_id_that_is_no_text(scripted: Any) -> None:
+@pytest.mark.parametrize(
+    ("queue_id", "shown"),
+    [
+        (b"\xff%s", r"\xff%s"),
+        (b"a\r\n\tb\x7f", "a???b?"),
+        ("a\x85b\x9bc\u2028d\u2029e".encode(), "a?b?c?d?e"),  # lines to some that read logs
+        ("é€".encode(), "é€"),
+        (b"x" * 199 + "€".encode(), "x" * 199 + r"\xe2"),
+    ],
+)
+def test_a_queue_id_that_is_no_text(scripted: Any, queue_id: bytes, shown: str) -> None:
     with session(scripted, eom="raise KeyError(tag)") as each:
         each.envelope()
         each.mta.eoh()
-        reply = each.mta.eom(macros={"i": b"\xff%s"})
+        reply = each.mta.eom(macros={"i": queue_id})
     assert reply.smtp == SOFT
-    assert r"exception in the eom callback, queue id \udcff%s" in each.log()
+    assert f"exception in the eom callback, queue id {shown}, client" in each.log()
 
 
 RECORD = """

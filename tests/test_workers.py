@@ -289,6 +289,19 @@ def test_a_child_that_a_callback_forks_is_no_worker(run_filter):
     assert filter_.stop() == 0, filter_.output
 
 
+def test_a_child_that_stays_behind_keeps_no_port(run_filter, free_port):
+    filter_ = run_filter("k_filter", socket=f"inet:{free_port()}@127.0.0.1")
+    with filter_.mta() as mta:
+        assert mta.send(MESSAGE, sender="<linger@example.com>", recipients=RECIPIENTS).accepted
+    child = int(filter_.wait_for("lingers:").split()[-1])
+    try:
+        assert filter_.stop() == 0, filter_.output
+        with pytest.raises(FilterUnreachable):
+            filter_.mta(wait_for=0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 # --- workers that die -------------------------------------------------------------------------
 
 

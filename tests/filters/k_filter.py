@@ -48,6 +48,11 @@ class Telling(Milter.Base):
                     say("child:", exc)
                 return Milter.CONTINUE
             os.waitpid(child, 0)
+        if sender == "<linger@example.com>":
+            child = os.fork()
+            if child == 0:
+                say("lingers:", os.getpid())
+                signal.pause()
         return Milter.CONTINUE
 
     def eom(self) -> int:
