@@ -130,6 +130,26 @@ run_libmilter(void *Py_UNUSED(arg))
     return NULL;
 }
 
+/* libmilter takes the default size of stacks, which is 128 KiB with musl, and what `ulimit -s` says
+ * with glibc; Python's limit of recursion relies on more. */
+static void
+ensure_stack(void)
+{
+#ifdef __linux__
+    pthread_attr_t defaults;
+    size_t size;
+
+    if (pthread_getattr_default_np(&defaults) != 0) {
+        return;
+    }
+    if (pthread_attr_getstacksize(&defaults, &size) == 0 && size < LEAST_STACK &&
+        pthread_attr_setstacksize(&defaults, LEAST_STACK) == 0) {
+        pthread_setattr_default_np(&defaults);
+    }
+    pthread_attr_destroy(&defaults);
+#endif
+}
+
 /* libmilter's threads block every signal that a program handles; a thread that comes to run a
  * callback goes back to the mask of the one that called main(). */
 static int
@@ -144,6 +164,7 @@ start_libmilter(module_state *state)
     for (size_t i = 0; i < Py_ARRAY_LENGTH(faults); i++) {
         sigdelset(&libmilter_mask, faults[i]);
     }
+    ensure_stack();
     prepare_parking(&libmilter_mask);
     prepare_door(&libmilter_mask);
     pthread_sigmask(SIG_SETMASK, NULL, &filter.mask);

@@ -69,6 +69,7 @@
 #define BEAT_MILLISECONDS 200  /* at least this often a drain shows that it is alive */
 #define COMFORTABLE_FILES 1024 /* below this soft limit accept() may run out of descriptors */
 #define PROBE_SIZE 4096        /* bytes that must be there when a thread first calls back */
+#define LEAST_STACK (1 << 20)  /* bytes that the stack of libmilter's threads has */
 #define STACK_ARGS 16          /* arguments of a callback that need no allocation */
 
 /* The steps of the dialogue that reach Python. */

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import sys
 from typing import Any, Callable
 
 import pytest
@@ -414,3 +416,30 @@ def test_the_actions_that_were_agreed_are_on_the_context(scripted: Any) -> None:
     with session(scripted, offer=wanted, connect="say(ctx.actions, ctx.protocol)") as each:
         each.connect()
     assert each.said() == [(int(Action.ADDHDRS | Action.CHGFROM), int(Step.SKIP))]
+
+
+STACK = """
+import ctypes
+libc = ctypes.CDLL(None)
+attributes = ctypes.create_string_buffer(256)
+size = ctypes.c_size_t()
+libc.pthread_self.restype = ctypes.c_ulong
+libc.pthread_getattr_np(ctypes.c_ulong(libc.pthread_self()), attributes)
+libc.pthread_attr_getstacksize(attributes, ctypes.byref(size))
+say(size.value)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the C library of Linux")
+def test_callbacks_have_a_stack_that_recursion_fits_on(run_filter: Callable[..., Any]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (256 * 1024, hard))
+    try:
+        running = run_filter("w_scripted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
+    with session(running, helo=STACK) as each:
+        each.connect()
+        each.mta.helo("h")
+    ((size,),) = each.said()
+    assert int(size) >= 1024 * 1024
