@@ -443,3 +443,10 @@ def test_callbacks_have_a_stack_that_recursion_fits_on(run_filter: Callable[...,
         each.mta.helo("h")
     ((size,),) = each.said()
     assert int(size) >= 1024 * 1024
+
+
+def test_a_context_takes_no_more_than_a_kilobyte(scripted: Any) -> None:
+    with session(scripted, connect="import sys\nsay(sys.getsizeof(ctx))") as each:
+        each.connect()
+    ((size,),) = each.said()
+    assert int(size) <= 1024
