@@ -12,6 +12,7 @@ PYMILTER_WERROR     1 turns the compiler's warnings into errors
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -152,14 +153,30 @@ class BuildExt(build_ext):
 
 
 def licence() -> dict[str, str]:
-    """The licence in the words of this setuptools: PEP 639 came with version 77."""
+    """The licence in the words of this setuptools: PEP 639 came with version 77.
+
+    LICENSE.libmilter stands here where libmilter is to go into a wheel.
+    """
     modern = int(setuptools.__version__.partition(".")[0]) >= 77
-    return {"license_expression" if modern else "license": "GPL-2.0-or-later"}
+    terms = "GPL-2.0-or-later"
+    if Path("LICENSE.libmilter").exists():
+        terms += " AND Sendmail-8.23"
+    return {"license_expression" if modern else "license": terms}
+
+
+def description() -> dict[str, str]:
+    """README.md for a package index: links to files of the repository are their text alone."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    return {
+        "long_description": re.sub(r"\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", text),
+        "long_description_content_type": "text/markdown",
+    }
 
 
 if __name__ == "__main__":
     setup(
         **licence(),
+        **description(),
         cmdclass={"build_ext": BuildExt},
         ext_modules=[
             Extension(
