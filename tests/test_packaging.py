@@ -34,7 +34,7 @@ def test_the_version_is_the_same_everywhere(path: str, pattern: str) -> None:
     assert found(path, pattern) == VERSION
 
 
-@pytest.mark.parametrize("script", ["debian/tests/wire", "scripts/wheel-test"])
+@pytest.mark.parametrize("script", ["debian/tests/wire", "scripts/test-installed"])
 def test_the_suites_of_packages_name_files_that_are_there(script: str) -> None:
     text = (ROOT / script).read_text(encoding="utf-8").replace("\\\n", " ")
     lists = re.findall(r"^ *for name in (.*); do$", text, re.MULTILINE)
