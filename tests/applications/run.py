@@ -1,9 +1,10 @@
-"""Run Debian's dkimpy-milter and pyspf-milter behind a real Postfix: run.py DIRECTORY RESULT.
+"""Run dkimpy-milter and pyspf-milter behind a real Postfix: run.py DIRECTORY RESULT [PREFIX].
 
 On a system of its own (root, no network but a loopback interface; scripts/test-apps makes one) with
-the packages dkimpy-milter, pyspf-milter, postfix, python3-dkim and python3-dnspython.  Keys are
-made in DIRECTORY, or taken from there.  RESULT gets, as JSON, what each client was told and what
-arrived at the next hop.
+the packages postfix, python3-dkim and python3-dnspython.  The applications are Debian's, as far as
+they are installed, or those of the virtual environment at PREFIX.  Keys are made in DIRECTORY, or
+taken from there.  RESULT gets, as JSON, the versions of all that takes part, what each client was
+told and what arrived at the next hop.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dkim
 import dns.flags
@@ -35,6 +36,7 @@ import dns.rrset
 
 WAIT = 30.0  # seconds: the bound of every wait
 LOCAL = "127.0.0.1"
+APPLICATIONS = "dkimpy-milter", "pyspf-milter"
 SMTPD, SINK = 2525, 2526
 
 SPF = {
@@ -156,6 +158,47 @@ class Sink(socketserver.ThreadingTCPServer):
 # --- the applications ----------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where the applications are installed."""
+
+    programs: Path
+    configuration: Path
+    python: Path
+
+    def installed(self) -> list[str]:
+        return [name for name in APPLICATIONS if (self.programs / name).exists()]
+
+
+def place(prefix: str | None) -> Place:
+    """Debian's, or a virtual environment."""
+    if prefix is None:
+        return Place(Path("/usr/bin"), Path("/etc"), Path("/usr/bin/python3"))
+    root = Path(prefix)
+    return Place(root / "bin", root / "etc", root / "bin" / "python3")
+
+
+def versions(where: Place) -> dict[str, str]:
+    """What takes part; Debian's versions without the part that is Debian's."""
+    found = {}
+    for name, package in (("pymilter", "pymilter"), ("dkimpy-milter", "dkimpy-milter"),
+                          ("pyspf-milter", "spf-engine"), ("dkimpy", "dkimpy"), ("pyspf", "pyspf"),
+                          ("authres", "authres")):  # fmt: skip
+        ask = f"from importlib.metadata import version; print(version({package!r}))"
+        said = subprocess.run(
+            [str(where.python), "-c", ask], capture_output=True, text=True, check=False
+        )
+        if said.returncode == 0:
+            found[name] = said.stdout.strip()
+    for name, command in (
+        ("Python", [str(where.python), "-c", "import platform; print(platform.python_version())"]),
+        ("Postfix", ["postconf", "-hd", "mail_version"]),
+    ):
+        found[name] = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    return found
+
+
 def keys(directory: Path) -> dict[str, str]:
     """Make the keys where they are not there; the DNS records of their public parts."""
     records = {}
@@ -202,10 +245,14 @@ Socket local:/run/dkimpy-milter/socket
 }  # fmt: skip
 
 
-def configure(directory: Path, name: str) -> tuple[list[list[str]], list[str]]:
-    """The commands that start both applications, and their sockets as Postfix writes them."""
+def configure(directory: Path, name: str, where: Place) -> tuple[list[list[str]], list[str]]:
+    """The commands that start the applications, and their sockets as Postfix writes them."""
     addition, socket_name, changes = ROUNDS[name]
-    for user in ("dkimpy-milter", "pyspf-milter"):
+    for user in APPLICATIONS:
+        # What Debian's packages make.
+        Path("/etc", user).mkdir(exist_ok=True)
+        if subprocess.run(["id", user], capture_output=True, check=False).returncode:
+            subprocess.run(["useradd", "--system", "--user-group", user], check=True)
         # What systemd clears away with the service.
         shutil.rmtree(f"/run/{user}", ignore_errors=True)
         Path("/run", user).mkdir()
@@ -215,15 +262,19 @@ def configure(directory: Path, name: str) -> tuple[list[list[str]], list[str]]:
         shutil.copy(directory / f"{kind}.key", key)
         key.chmod(0o600)
     Path("/etc/dkimpy-milter/test.conf").write_text(DKIM + addition)
-    shipped = Path("/etc/pyspf-milter/pyspf-milter.conf").read_text()
-    settings = "".join(f"{key} = {value}\n" for key, value in changes.items())
-    for key in changes:
-        shipped = re.sub(rf"(?m)^{key}\b.*\n", "", shipped)
-    Path("/etc/pyspf-milter/test.conf").write_text(f"{shipped}\n{settings}")
-    return [
-        ["/usr/bin/dkimpy-milter", "/etc/dkimpy-milter/test.conf"],
-        ["/usr/bin/pyspf-milter", "/etc/pyspf-milter/test.conf"],
-    ], [f"inet:{LOCAL}:8893", socket_name]
+    installed = where.installed()
+    if "pyspf-milter" in installed:
+        shipped = (where.configuration / "pyspf-milter" / "pyspf-milter.conf").read_text()
+        settings = "".join(f"{key} = {value}\n" for key, value in changes.items())
+        for key in changes:
+            shipped = re.sub(rf"(?m)^{key}\b.*\n", "", shipped)
+        Path("/etc/pyspf-milter/test.conf").write_text(f"{shipped}\n{settings}")
+    # pyspf-milter first, as dkimpy-milter is to see what it added.
+    sockets = {"pyspf-milter": f"inet:{LOCAL}:8893", "dkimpy-milter": socket_name}
+    return (
+        [[str(where.programs / each), f"/etc/{each}/test.conf"] for each in installed],
+        [socket for each, socket in sockets.items() if each in installed],
+    )
 
 
 def answers(name: str) -> bool:
@@ -237,9 +288,11 @@ def answers(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def applications(directory: Path, name: str, ends: dict[str, Any]) -> Iterator[list[str]]:
-    """Both applications running; their sockets.  ``ends`` gets how they ended."""
-    commands, sockets = configure(directory, name)
+def applications(
+    directory: Path, name: str, where: Place, ends: dict[str, Any]
+) -> Iterator[list[str]]:
+    """The applications running; their sockets.  ``ends`` gets how they ended."""
+    commands, sockets = configure(directory, name, where)
     with (directory / f"{name}.log").open("wb") as log:
         running = [
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -449,7 +502,10 @@ class Round:
         self.note("four messages in a session", client, sum(taken))
 
 
-def main(directory: Path, result: Path) -> None:
+def main(directory: Path, result: Path, prefix: str | None = None) -> None:
+    where = place(prefix)
+    if not where.installed():
+        raise SystemExit(f"error: none of {', '.join(APPLICATIONS)} in {where.programs}")
     texts = {**SPF, **keys(directory)}
     found: dict[str, Any] = {}
     sink = Sink()
@@ -457,12 +513,12 @@ def main(directory: Path, result: Path) -> None:
         for name in ROUNDS:
             ends: dict[str, Any] = {}
             run = Round(sink, texts)
-            with applications(directory, name, ends) as sockets, postfix(sockets):
+            with applications(directory, name, where, ends) as sockets, postfix(sockets):
                 run.run()
             found[name] = {**run.results, "the end": ends}
-    result.write_text(json.dumps(found, indent=1))
+    result.write_text(json.dumps({"versions": versions(where), "cases": found}, indent=1))
 
 
 if __name__ == "__main__":
     os.umask(0o022)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
