@@ -12,9 +12,9 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-# auditwheel puts libraries into pymilter.libs, delocate (macOS) into pymilter.dylibs.
+# auditwheel puts libraries into pymilter.libs, delocate (macOS) into a directory *.dylibs.
 WANTED = {
-    "libmilter": r"pymilter\.(?:dy)?libs/libmilter[^/]*",
+    "libmilter": r"(?:pymilter\.libs|(?:[^/]+/)?[^/]*\.dylibs)/libmilter[^/]*",
     "its licence": r"pymilter-[^/]+\.dist-info/licenses/LICENSE\.libmilter",
     "the licence": r"pymilter-[^/]+\.dist-info/licenses/COPYING",
     "the module": r"milter\.[^/]*\.so",

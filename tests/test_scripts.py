@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,51 @@ def test_each_script_is_strict_valid_and_executable(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=SECONDS)
     text = script.read_text()
     assert 'lib.sh"' in text or "set -euo pipefail" in text
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        path
+        for directory in (".ci", "scripts", "debian/tests")
+        for path in sorted((ROOT / directory).iterdir())
+        if path.is_file() and (path.suffix == ".sh" or path.read_text().startswith("#!"))
+    ],
+    ids=lambda path: f"{path.parent.name}-{path.name}",
+)
+def test_no_failure_is_a_bare_negation(script: Path) -> None:
+    """The shell goes on after ``! command`` where the command succeeds, ``set -e`` or not."""
+    text = script.read_text().replace("\\\n", " ")
+    bare = re.findall(r"^\s*! .*$", text, re.MULTILINE)
+    assert [line for line in bare if "||" not in line and "&&" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "date", "status"),
+    [
+        ("v1.1.0", "2026-12-01", 0),
+        ("v1.1.0", "unreleased", 1),
+        ("v1.1.1", "2026-12-01", 1),
+        ("1.1.0", "2026-12-01", 1),
+    ],
+)
+def test_a_release_has_its_tag_and_its_date(
+    tag: str, date: str, status: int, tmp_path: Path
+) -> None:
+    (tmp_path / "scripts").mkdir()
+    for name in ("check-release", "lib.sh", "packaging.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").write_text('version = "1.1.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## [1.1.0] - {date}\n")
+    done = subprocess.run(
+        [str(tmp_path / "scripts" / "check-release"), tag],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("error: ") == (status == 1)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
