@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import quopri
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from typing import Any
 import pytest
 
 from Milter.mta import (
-    MTA,
     ChangeHeader,
     Client,
     InsertHeader,
@@ -26,6 +23,7 @@ from Milter.mta import (
     Stage,
     Verdict,
 )
+from Milter.pytest_plugin import MilterApp
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -36,69 +34,38 @@ PLAIN = b"From: ann@example.org\nSubject: lunch\n\nAt noon?\n"
 SECONDS = 30.0
 
 
-class Filter:
-    """A filter in a process of its own."""
+class Example:
+    """An example that serves, and what becomes of messages that are sent to it."""
 
-    def __init__(self, directory: Path, script: Path, *arguments: str) -> None:
-        self.path = directory / "filter.sock"
-        self.address = f"unix:{self.path}"
-        self.log = directory / "log"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(script), *arguments, "--socket", self.address],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=directory,
-            )
-
-    def connect(self) -> MTA:
-        """A connection, as soon as the filter listens."""
-        return MTA.connect(self.address, wait_for=SECONDS, timeout=SECONDS)
+    def __init__(self, app: MilterApp) -> None:
+        self.app = app
 
     def send(self, message: bytes, **arguments: Any) -> Result:
         """What becomes of one message, from FAR unless told otherwise."""
         arguments.setdefault("sender", "ann@example.org")
         arguments.setdefault("recipients", ["bob@example.com"])
         arguments.setdefault("client", FAR)
-        with self.connect() as mta:
+        with self.app.mta() as mta:
             return mta.send(message, **arguments)
 
-    def stop(self) -> int:
-        """Ask it to stop; its exit status."""
-        self.process.terminate()
-        return self.process.wait(SECONDS)
 
-
-Start = Callable[..., Filter]
+Start = Callable[..., Example]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Start an example by its name; it is stopped cleanly, or the test fails."""
-    with contextlib.ExitStack() as stack:
+def start(milter_app: Callable[..., MilterApp], tmp_path: Path) -> Iterator[Start]:
+    """Start an example by its name; it ends cleanly and without a complaint, or the test fails."""
+    started: list[MilterApp] = []
 
-        def run(name: str, *arguments: str) -> Filter:
-            # Not tmp_path, which can grow past what the address of a unix socket holds.
-            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pymilter-"))
-            running = Filter(Path(directory), EXAMPLES / name, *arguments)
-            stack.callback(finish, running)
-            return running
+    def run(name: str, *arguments: str) -> Example:
+        started.append(milter_app(EXAMPLES / name, *arguments, cwd=tmp_path))
+        return Example(started[-1])
 
-        yield run
-
-
-def finish(running: Filter) -> None:
-    """Stop the filter and look at how it ended."""
-    try:
-        status = running.stop() if running.process.poll() is None else running.process.returncode
-    finally:
-        running.process.kill()
-        running.process.wait(SECONDS)
-    log = running.log.read_text()
-    assert status == 0, log
-    assert "Traceback" not in log
-    assert "untrapped" not in log
+    yield run
+    for app in started:
+        app.finish()
+        assert "Traceback" not in app.output
+        assert "untrapped" not in app.output
 
 
 # --- all of them ---------------------------------------------------------------------------------
@@ -154,25 +121,6 @@ def test_the_sample_message_is_a_message() -> None:
     message = Message.parse((EXAMPLES / "message.eml").read_bytes())
     assert message["Subject"]
     assert message.body.endswith(b"Ann\r\n")
-
-
-def test_the_filter_of_the_readme(tmp_path: Path) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert code is not None
-    with tempfile.TemporaryDirectory(prefix="pymilter-") as directory:
-        address = f"unix:{directory}/sock"
-        script = tmp_path / "readme.py"
-        script.write_text(code[1].replace("inet:8891@127.0.0.1", address))
-        with subprocess.Popen([sys.executable, str(script)], cwd=tmp_path) as process:
-            try:
-                with MTA.connect(address, wait_for=SECONDS, timeout=SECONDS) as mta:
-                    result = mta.send(PLAIN, recipients=["bob@example.com"])
-                assert result.accepted
-                assert result.message["X-Hello"] == "world"
-                process.terminate()
-                assert process.wait(SECONDS) == 0
-            finally:
-                process.kill()
 
 
 # --- stamp_header.py -----------------------------------------------------------------------------
@@ -241,7 +189,7 @@ def test_stamp_removes_the_stamps_that_came_with_the_message(start: Start) -> No
 
 
 def test_stamp_counts_forged_headers_for_each_message(start: Start) -> None:
-    with start("stamp_header.py").connect() as mta:
+    with start("stamp_header.py").app.mta() as mta:
         results = [
             mta.send(message, recipients=["bob@example.com"], sender="ann@example.org")
             for message in (STAMP.encode() + b": x\n" + PLAIN, PLAIN)
@@ -350,19 +298,10 @@ def test_policy_reads_its_table_again_at_sighup(start: Start, tmp_path: Path) ->
         ("sender ann@example.org 250 2.0.0 Three.\n", "the rules stay as they were"),
     ):
         table.write_text(text)
-        seen = running.log.read_text().count(line)
-        running.process.send_signal(signal.SIGHUP)
-        wait_for_line(running, line, seen + 1)
+        seen = running.app.output.count(line)
+        running.app.process.send_signal(signal.SIGHUP)
+        running.app.wait_for_output(line, seen + 1)
         assert str(running.send(PLAIN).smtp) == "450 4.7.1 Two."
-
-
-def wait_for_line(running: Filter, line: str, count: int) -> None:
-    """Ask the filter until its log has the line so often; each answer takes its time."""
-    for _ in range(2000):
-        if running.log.read_text().count(line) >= count:
-            return
-        running.send(PLAIN)
-    pytest.fail(f"no {line!r} in the log:\n{running.log.read_text()}")
 
 
 @pytest.mark.parametrize(
@@ -494,8 +433,8 @@ def test_rewrite_leaves_alone_and_says_why(start: Start, message: bytes, why: st
     result = running.send(message)
     assert result.accepted
     assert result.modifications == ()
-    assert running.stop() == 0
-    reasons = re.findall("left alone: (.*)", running.log.read_text())
+    assert running.app.stop() == 0
+    reasons = re.findall("left alone: (.*)", running.app.output)
     assert len(reasons) == 1
     assert why in reasons[0]
 
@@ -508,7 +447,7 @@ def test_rewrite_spares_the_mta_what_it_leaves_alone(start: Start) -> None:
 
 
 def test_rewrite_forgets_the_previous_message(start: Start) -> None:
-    with start("rewrite_body.py").connect() as mta:
+    with start("rewrite_body.py").app.mta() as mta:
         for message in (mail(b"x\n", "Content-Type: text/html"), PLAIN):
             result = mta.send(message, recipients=["bob@example.com"])
         assert result.message.body == b"At noon?\r\n" + FOOTER.encode()

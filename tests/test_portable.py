@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from Milter import portable
-from Milter.mta import Dialect, Verdict
-from Milter.portable import delete_headers, queue_id, reply_lines, set_reply
-
-FILTER = """
-import sys
 import Milter
-from Milter.portable import delete_headers, queue_id, set_reply
+from Milter.mta import MTA, Dialect, Verdict
+from Milter.portable import delete_headers, queue_id, reply_lines, set_reply
+from Milter.pytest_plugin import MilterApp
+
 
 class Filter(Milter.Base):
-    def envfrom(self, sender, *params):
+    """Uses each function where it belongs."""
+
+    def envfrom(self, sender: str, *params: str) -> int:
         self.before = queue_id(self)
         return Milter.CONTINUE
 
-    def eom(self):
+    def envrcpt(self, to: str, *params: str) -> int:
+        if "full" in to:
+            set_reply(self, "550", "5.2.2", "100% full\n" + "word " * 300 + "end")
+            return Milter.REJECT
+        return Milter.CONTINUE
+
+    def eom(self) -> int:
         delete_headers(self, "x-spam", 3)
         delete_headers(self, "X-Other", [1, 3, 3])
         self.addheader("X-Id", f"{self.before} {queue_id(self)}")
         return Milter.CONTINUE
 
-    def envrcpt(self, to, *params):
-        if "full" in to:
-            set_reply(self, "550", "5.2.2", "100% full\\n" + "word " * 300 + "end")
-            return Milter.REJECT
-        return Milter.CONTINUE
-
-Milter.factory = Filter
-Milter.runmilter("portable", sys.argv[1])
-"""
 
 MESSAGE = b"".join(
     f"{name}: {number}\r\n".encode()
@@ -64,9 +59,9 @@ class Recorder:
 
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_headers_are_deleted_whoever_counts(
-    dialect: Dialect, run_filter: Callable[..., Any]
+    dialect: Dialect, milter_app: Callable[..., MilterApp]
 ) -> None:
-    with run_filter(source=FILTER).mta(dialect=dialect) as mta:
+    with milter_app(Filter).mta(dialect=dialect) as mta:
         result = mta.send(
             MESSAGE + b"\r\nbody\r\n",
             recipients=["r@example.com"],
@@ -82,10 +77,10 @@ def test_headers_are_deleted_whoever_counts(
     ]
 
 
-def test_a_plain_text_becomes_a_reply(run_filter: Callable[..., Any]) -> None:
-    with run_filter(source=FILTER).mta() as mta:
-        mta.mail("<a@example.com>")
-        reply = mta.rcpt("<full@example.com>")
+@pytest.mark.milter_app(filter=Filter)
+def test_a_plain_text_becomes_a_reply(mta: MTA) -> None:
+    mta.mail("<a@example.com>")
+    reply = mta.rcpt("<full@example.com>")
     assert reply.verdict is Verdict.REJECT
     assert reply.smtp is not None
     assert (reply.smtp.code, reply.smtp.xcode) == (550, "5.2.2")
@@ -152,7 +147,3 @@ def test_queue_id() -> None:
     assert queue_id(Recorder()) is None
     assert queue_id(Recorder(i="")) is None
     assert queue_id(Recorder(i="4XyZ")) == "4XyZ"
-
-
-def test_the_example_in_the_documentation_runs() -> None:
-    assert doctest.testmod(portable).failed == 0
