@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import configparser
-import doctest
 
 import pytest
 
-from Milter import config as module
 from Milter.config import MilterConfigParser
 
 TEXT = r"""
@@ -193,7 +191,3 @@ def test_getaddrdict_from_files(tmp_path):
 def test_is_a_config_parser(config):
     assert isinstance(config, configparser.ConfigParser)
     assert config.sections() == ["a"]
-
-
-def test_docs():
-    assert doctest.testmod(module).failed == 0

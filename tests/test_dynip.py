@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import ipaddress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from Milter import dynip
 from Milter.dynip import is_dynip
 
 
@@ -136,7 +134,3 @@ def test_any_ipv4_address_in_a_name(ip: object, sep: str, backwards: bool) -> No
 def test_any_ipv6_address_in_a_name(ip: ipaddress.IPv6Address) -> None:
     name = ip.exploded.replace(":", "-")
     assert is_dynip(f"h{name}.example.net", str(ip))
-
-
-def test_examples_in_the_documentation() -> None:
-    assert doctest.testmod(dynip).failed == 0

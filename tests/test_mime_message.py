@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import email
 import email.message
 import email.policy
@@ -620,7 +619,3 @@ def test_unquote_and_parseparam():
         '"',
     ]
     assert mime._parseparam(';a=b; C="d;e"; f;') == ["", "a=b", 'c="d;e"', "f", ""]
-
-
-def test_doctests():
-    assert doctest.testmod(mime).failed == 0

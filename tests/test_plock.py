@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import errno
 import os
 import stat
@@ -358,7 +357,3 @@ def test_original_that_cannot_be_linked(base):
     with pytest.raises(PermissionError):
         lock.commit(str(base) + ".old")
     assert base.is_dir()
-
-
-def test_docs():
-    assert doctest.testmod(plock).failed == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import ipaddress
 import re
 
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from Milter import pyip6
 from Milter.pyip6 import inet_ntop, inet_pton
 
 # Words that are often zero, or the prefix of embedded IPv4 addresses: random bytes seldom are.
@@ -104,7 +102,3 @@ def test_a_bare_ipv4_address_is_mapped() -> None:
 def test_ntop_refuses_other_lengths(length: int) -> None:
     with pytest.raises(ValueError, match="16 bytes"):
         inet_ntop(bytes(length))
-
-
-def test_examples_in_the_documentation() -> None:
-    assert doctest.testmod(pyip6).failed == 0

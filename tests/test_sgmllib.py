@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import gc
 import time
 
@@ -481,7 +480,3 @@ def test_time_is_linear(unit, size):
         if best_long <= 20 * best_short + 0.02:
             return
     pytest.fail(f"{best_long:.3f} s for ten times what takes {best_short:.3f} s")
-
-
-def test_doctests():
-    assert doctest.testmod(sgmllib).failed == 0

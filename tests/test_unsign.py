@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from Milter import unsign as unsign_module
 from Milter.unsign import unsign
 
 
@@ -129,7 +126,3 @@ def test_deep_nesting_ends() -> None:
     assert unsign("prvs=0123abcdef=" * 40 + "joe@example.com") == "joe@example.com"
     too_long = "prvs=0123abcdef=" * 100_000 + "joe@example.com"
     assert unsign(too_long) is too_long
-
-
-def test_examples_in_the_documentation() -> None:
-    assert doctest.testmod(unsign_module).failed == 0
