@@ -1558,6 +1558,7 @@ PyDoc_STRVAR(
     "Open the socket now, so that it can be given its mode before main().\n\n"
     "rmsock: whether to remove a unix socket that was left at the path; nothing but a\n"
     "socket is ever removed.\n\n"
+    "A program that becomes a daemon may os.fork() between this and main(); the child serves.\n\n"
     "Raises error, with the OSError as its cause, that says what is wrong with the path or\n"
     "the port.  libmilter: smfi_opensocket.");
 

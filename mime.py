@@ -93,7 +93,7 @@ virus_msg = (
     "A copy of your original message was saved as '%s:%s'.\n"
     "See your administrator.\n"
 )
-"""What stands in for a removed part: % (bad name, host name, name of the saved copy)."""
+"""What stands in for a removed part, % (bad name, host name, name of the saved copy)."""
 
 # SMFIS_CONTINUE of libmilter's mfapi.h, as milter.CONTINUE; written out so that reading mail
 # needs no milter connection.

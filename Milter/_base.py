@@ -274,7 +274,7 @@ class Base(milter._Decoder):
             cmd: the command line; of Postfix the first word alone.
 
         Returns:
-            A verdict. The MTA refuses the command whatever it is: after REJECT and TEMPFAIL with
+            A verdict. The MTA refuses the command whatever it is, after REJECT and TEMPFAIL with
             the filter's reply or one of that kind. A message that is under way goes on, but
             after ACCEPT without this filter. Between messages, CONTINUE goes to the MTA in place
             of ACCEPT, of which Postfix's smtpd would die (seen with 3.7).

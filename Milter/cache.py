@@ -55,7 +55,7 @@ class AddrCache:
     '450'
     """
 
-    time_format = "%Y%b%d %H:%M:%S %Z"
+    time_format = "%Y%b%d %H:%M:%S %Z"  #: of the time stamps in the file, as of ``strftime``
 
     def __init__(
         self,

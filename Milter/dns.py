@@ -167,7 +167,7 @@ class Session:
     :raises ValueError: both *resolver* and *servers*, or a server that is no address and port
     """
 
-    #: Which records of an answer are believed beyond the question: pairs of the type
+    #: Which records of an answer are believed beyond the question, as pairs of the type
     #: asked for and the type that may be kept.  Of the host addresses that come along, those of
     #: hosts that the answer names, and inside the domain asked for, are kept: nobody but its own
     #: servers can have made them up.

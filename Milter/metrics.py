@@ -49,7 +49,7 @@ __all__ = [
 
 _log = logging.getLogger("milter.metrics")
 
-#: The upper bounds of ``Stage.buckets`` in seconds: 1 µs, 2 µs, 4 µs, ... 16.8 s, infinity.
+#: The upper bounds of ``Stage.buckets`` in seconds, 1 µs, 2 µs, 4 µs, ... 16.8 s, infinity.
 BOUNDS: tuple[float, ...] = (*(2**power / 1e6 for power in range(25)), math.inf)
 
 #: The verdicts as libmilter numbers them (<libmilter/mfapi.h>).

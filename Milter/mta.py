@@ -131,45 +131,45 @@ OPTION_SIZE = 12  # MILTER_OPTLEN: version, actions, protocol steps
 class Action(enum.IntFlag):
     """What a filter may do to a message (``SMFIF_*``)."""
 
-    NONE = 0
-    ADDHDRS = 0x001  # SMFIF_ADDHDRS
-    CHGBODY = 0x002  # SMFIF_CHGBODY
-    ADDRCPT = 0x004  # SMFIF_ADDRCPT
-    DELRCPT = 0x008  # SMFIF_DELRCPT
-    CHGHDRS = 0x010  # SMFIF_CHGHDRS
-    QUARANTINE = 0x020  # SMFIF_QUARANTINE
-    CHGFROM = 0x040  # SMFIF_CHGFROM
-    ADDRCPT_PAR = 0x080  # SMFIF_ADDRCPT_PAR
-    SETSYMLIST = 0x100  # SMFIF_SETSYMLIST
+    NONE = 0  #: SMFIF_NONE
+    ADDHDRS = 0x001  #: SMFIF_ADDHDRS
+    CHGBODY = 0x002  #: SMFIF_CHGBODY
+    ADDRCPT = 0x004  #: SMFIF_ADDRCPT
+    DELRCPT = 0x008  #: SMFIF_DELRCPT
+    CHGHDRS = 0x010  #: SMFIF_CHGHDRS
+    QUARANTINE = 0x020  #: SMFIF_QUARANTINE
+    CHGFROM = 0x040  #: SMFIF_CHGFROM
+    ADDRCPT_PAR = 0x080  #: SMFIF_ADDRCPT_PAR
+    SETSYMLIST = 0x100  #: SMFIF_SETSYMLIST
 
 
 class Step(enum.IntFlag):
     """Protocol steps (``SMFIP_*``): what is not sent, not answered, or understood."""
 
-    NONE = 0
-    NOCONNECT = 0x000001  # SMFIP_NOCONNECT
-    NOHELO = 0x000002  # SMFIP_NOHELO
-    NOMAIL = 0x000004  # SMFIP_NOMAIL
-    NORCPT = 0x000008  # SMFIP_NORCPT
-    NOBODY = 0x000010  # SMFIP_NOBODY
-    NOHDRS = 0x000020  # SMFIP_NOHDRS
-    NOEOH = 0x000040  # SMFIP_NOEOH
-    NR_HDR = 0x000080  # SMFIP_NR_HDR, SMFIP_NOHREPL
-    NOUNKNOWN = 0x000100  # SMFIP_NOUNKNOWN
-    NODATA = 0x000200  # SMFIP_NODATA
-    SKIP = 0x000400  # SMFIP_SKIP
-    RCPT_REJ = 0x000800  # SMFIP_RCPT_REJ
-    NR_CONN = 0x001000  # SMFIP_NR_CONN
-    NR_HELO = 0x002000  # SMFIP_NR_HELO
-    NR_MAIL = 0x004000  # SMFIP_NR_MAIL
-    NR_RCPT = 0x008000  # SMFIP_NR_RCPT
-    NR_DATA = 0x010000  # SMFIP_NR_DATA
-    NR_UNKN = 0x020000  # SMFIP_NR_UNKN
-    NR_EOH = 0x040000  # SMFIP_NR_EOH
-    NR_BODY = 0x080000  # SMFIP_NR_BODY
-    HDR_LEADSPC = 0x100000  # SMFIP_HDR_LEADSPC
-    MDS_256K = 0x10000000  # SMFIP_MDS_256K
-    MDS_1M = 0x20000000  # SMFIP_MDS_1M
+    NONE = 0  #: every step is sent and answered
+    NOCONNECT = 0x000001  #: SMFIP_NOCONNECT
+    NOHELO = 0x000002  #: SMFIP_NOHELO
+    NOMAIL = 0x000004  #: SMFIP_NOMAIL
+    NORCPT = 0x000008  #: SMFIP_NORCPT
+    NOBODY = 0x000010  #: SMFIP_NOBODY
+    NOHDRS = 0x000020  #: SMFIP_NOHDRS
+    NOEOH = 0x000040  #: SMFIP_NOEOH
+    NR_HDR = 0x000080  #: SMFIP_NR_HDR, SMFIP_NOHREPL
+    NOUNKNOWN = 0x000100  #: SMFIP_NOUNKNOWN
+    NODATA = 0x000200  #: SMFIP_NODATA
+    SKIP = 0x000400  #: SMFIP_SKIP
+    RCPT_REJ = 0x000800  #: SMFIP_RCPT_REJ
+    NR_CONN = 0x001000  #: SMFIP_NR_CONN
+    NR_HELO = 0x002000  #: SMFIP_NR_HELO
+    NR_MAIL = 0x004000  #: SMFIP_NR_MAIL
+    NR_RCPT = 0x008000  #: SMFIP_NR_RCPT
+    NR_DATA = 0x010000  #: SMFIP_NR_DATA
+    NR_UNKN = 0x020000  #: SMFIP_NR_UNKN
+    NR_EOH = 0x040000  #: SMFIP_NR_EOH
+    NR_BODY = 0x080000  #: SMFIP_NR_BODY
+    HDR_LEADSPC = 0x100000  #: SMFIP_HDR_LEADSPC
+    MDS_256K = 0x10000000  #: SMFIP_MDS_256K
+    MDS_1M = 0x20000000  #: SMFIP_MDS_1M
 
 
 V1_ACTIONS = Action(0x00F)  # SMFI_V1_ACTS, what an offer of no actions at all stands for
@@ -183,20 +183,20 @@ CURRENT_STEPS = Step(0x1FFFFF)  # SMFI_CURR_PROT
 class Stage(enum.Enum):
     """The stages of a session; the value is the command byte (``SMFIC_*``)."""
 
-    NEGOTIATE = b"O"  # SMFIC_OPTNEG
-    CONNECT = b"C"  # SMFIC_CONNECT
-    HELO = b"H"  # SMFIC_HELO
-    MAIL = b"M"  # SMFIC_MAIL
-    RCPT = b"R"  # SMFIC_RCPT
-    DATA = b"T"  # SMFIC_DATA
-    HEADER = b"L"  # SMFIC_HEADER
-    EOH = b"N"  # SMFIC_EOH
-    BODY = b"B"  # SMFIC_BODY
-    EOM = b"E"  # SMFIC_BODYEOB
-    UNKNOWN = b"U"  # SMFIC_UNKNOWN
-    ABORT = b"A"  # SMFIC_ABORT
-    QUIT = b"Q"  # SMFIC_QUIT
-    QUIT_NC = b"K"  # SMFIC_QUIT_NC
+    NEGOTIATE = b"O"  #: SMFIC_OPTNEG
+    CONNECT = b"C"  #: SMFIC_CONNECT
+    HELO = b"H"  #: SMFIC_HELO
+    MAIL = b"M"  #: SMFIC_MAIL
+    RCPT = b"R"  #: SMFIC_RCPT
+    DATA = b"T"  #: SMFIC_DATA
+    HEADER = b"L"  #: SMFIC_HEADER
+    EOH = b"N"  #: SMFIC_EOH
+    BODY = b"B"  #: SMFIC_BODY
+    EOM = b"E"  #: SMFIC_BODYEOB
+    UNKNOWN = b"U"  #: SMFIC_UNKNOWN
+    ABORT = b"A"  #: SMFIC_ABORT
+    QUIT = b"Q"  #: SMFIC_QUIT
+    QUIT_NC = b"K"  #: SMFIC_QUIT_NC
 
     def __str__(self) -> str:
         return _STAGE_TEXT[self]
@@ -302,10 +302,10 @@ _USUAL_STAGE = {
 class Family(enum.Enum):
     """Address family of the SMTP client (``SMFIA_*``)."""
 
-    UNKNOWN = b"U"  # SMFIA_UNKNOWN: no address follows
-    UNIX = b"L"  # SMFIA_UNIX
-    INET = b"4"  # SMFIA_INET
-    INET6 = b"6"  # SMFIA_INET6
+    UNKNOWN = b"U"  #: SMFIA_UNKNOWN: no address follows
+    UNIX = b"L"  #: SMFIA_UNIX
+    INET = b"4"  #: SMFIA_INET
+    INET6 = b"6"  #: SMFIA_INET6
 
 
 class Verdict(enum.Enum):
@@ -316,16 +316,16 @@ class Verdict(enum.Enum):
     REJECT (5xx) or TEMPFAIL (4xx); :attr:`Reply.smtp` has its text.
     """
 
-    CONTINUE = "continue"  # SMFIR_CONTINUE
-    ACCEPT = "accept"  # SMFIR_ACCEPT
-    REJECT = "reject"  # SMFIR_REJECT
-    TEMPFAIL = "tempfail"  # SMFIR_TEMPFAIL
-    DISCARD = "discard"  # SMFIR_DISCARD
-    SKIP = "skip"  # SMFIR_SKIP
-    SHUTDOWN = "shutdown"  # SMFIR_SHUTDOWN: 421 and disconnect
-    CONN_FAIL = "connection failure"  # SMFIR_CONN_FAIL
-    NO_REPLY = "no reply"
-    NOT_SENT = "not sent"
+    CONTINUE = "continue"  #: SMFIR_CONTINUE
+    ACCEPT = "accept"  #: SMFIR_ACCEPT
+    REJECT = "reject"  #: SMFIR_REJECT
+    TEMPFAIL = "tempfail"  #: SMFIR_TEMPFAIL
+    DISCARD = "discard"  #: SMFIR_DISCARD
+    SKIP = "skip"  #: SMFIR_SKIP
+    SHUTDOWN = "shutdown"  #: SMFIR_SHUTDOWN: 421 and disconnect
+    CONN_FAIL = "connection failure"  #: SMFIR_CONN_FAIL
+    NO_REPLY = "no reply"  #: none was agreed for the step
+    NOT_SENT = "not sent"  #: the filter did not want the step
 
     @property
     def goes_on(self) -> bool:
@@ -413,8 +413,8 @@ class Dialect(enum.Enum):
     between 1 and the end can therefore come out higher up than here.
     """
 
-    POSTFIX = "postfix"
-    SENDMAIL = "sendmail"
+    POSTFIX = "postfix"  #: the left column
+    SENDMAIL = "sendmail"  #: the right one
 
 
 _SKIPPABLE = {
@@ -509,7 +509,11 @@ def _strip_brackets(address: str) -> str:
 
 @dataclass(frozen=True)
 class SocketAddress:
-    """Where a filter listens: *address* is a path, or a host and a port."""
+    """Where a filter listens.
+
+    :ivar family: ``AF_UNIX``, ``AF_INET`` or ``AF_INET6``.
+    :ivar address: a path, or a host and a port.
+    """
 
     family: socket.AddressFamily
     address: str | tuple[str, int]
@@ -588,7 +592,11 @@ def _port_number(spec: str, port: str) -> int:
 
 
 class Packet(NamedTuple):
-    """One packet from the filter: the command byte and what follows it."""
+    """One packet from the filter.
+
+    :ivar command: the command byte.
+    :ivar data: what follows it.
+    """
 
     command: bytes
     data: bytes
@@ -766,7 +774,7 @@ class SmtpReply:
 
 @dataclass(frozen=True)
 class AddHeader:
-    """``smfi_addheader``.  *value* is as it came over the wire."""
+    """``smfi_addheader`` of *name*.  *value* is as it came over the wire."""
 
     name: bytes
     value: bytes
@@ -774,7 +782,7 @@ class AddHeader:
 
 @dataclass(frozen=True)
 class InsertHeader:
-    """``smfi_insheader``: *index* counts from 0, the top."""
+    """``smfi_insheader`` of *name* with *value*: *index* counts from 0, the top."""
 
     index: int
     name: bytes
@@ -783,7 +791,7 @@ class InsertHeader:
 
 @dataclass(frozen=True)
 class ChangeHeader:
-    """``smfi_chgheader``: *index* counts from 1 among the headers of that name.
+    """``smfi_chgheader``: *index* counts from 1 among the headers called *name*.
 
     An empty *value* deletes the header.
     """
@@ -795,7 +803,10 @@ class ChangeHeader:
 
 @dataclass(frozen=True)
 class AddRecipient:
-    """``smfi_addrcpt``, or ``smfi_addrcpt_par`` where *with_params* is true."""
+    """``smfi_addrcpt`` of *address*, or ``smfi_addrcpt_par`` where *with_params* is true.
+
+    :ivar params: the ESMTP parameters, separated by spaces; None where there are none.
+    """
 
     address: str
     params: str | None = None
@@ -804,14 +815,17 @@ class AddRecipient:
 
 @dataclass(frozen=True)
 class DeleteRecipient:
-    """``smfi_delrcpt``."""
+    """``smfi_delrcpt`` of *address*."""
 
     address: str
 
 
 @dataclass(frozen=True)
 class ChangeSender:
-    """``smfi_chgfrom``."""
+    """``smfi_chgfrom`` to *address*.
+
+    :ivar params: the ESMTP parameters, separated by spaces; None where there are none.
+    """
 
     address: str
     params: str | None = None
@@ -819,18 +833,19 @@ class ChangeSender:
 
 @dataclass(frozen=True)
 class ReplaceBody:
-    """``smfi_replacebody``: one chunk of the new body."""
+    """``smfi_replacebody``: *chunk* is one of the new body."""
 
     chunk: bytes
 
 
 @dataclass(frozen=True)
 class Quarantine:
-    """``smfi_quarantine``."""
+    """``smfi_quarantine``, for *reason*."""
 
     reason: str
 
 
+#: What a filter can ask for at the end of a message.
 Modification = Union[
     AddHeader,
     InsertHeader,
@@ -1124,8 +1139,10 @@ def _split_header(line: bytes) -> Header:
 
 @dataclass(frozen=True)
 class Address:
-    """An envelope address without its angle brackets, and its ESMTP parameters.
+    """An envelope address and its ESMTP parameters.
 
+    :ivar address: without its angle brackets.
+    :ivar params: the parameters, each ``NAME`` or ``NAME=VALUE``.
     :ivar rejected: for a recipient that the MTA itself has refused: its SMTP reply,
         such as ``"550 5.1.1 User unknown"``.  A filter hears of it only under
         ``SMFIP_RCPT_REJ``.
@@ -1172,7 +1189,7 @@ class HeaderEdit:
 
     before: Header | None
     after: Header | None
-    own: bool = False  # the MTA's own, which the filter does not see
+    own: bool = False  #: the MTA's own, which the filter does not see
 
 
 class _HeaderEditor:
@@ -1301,6 +1318,10 @@ class Offer:
     """What the MTA offers in negotiation (``SMFIC_OPTNEG``); any combination may be sent.
 
     An offer of no actions or no steps at all stands for those of protocol version 1.
+
+    :ivar version: of the protocol.
+    :ivar actions: what the filter may do.
+    :ivar steps: what it may leave out, and what else the MTA understands.
     """
 
     version: int = 6
@@ -1329,6 +1350,9 @@ class Offer:
 class Negotiated:
     """What MTA and filter agreed on.
 
+    :ivar version: of the protocol.
+    :ivar actions: what the filter may do.
+    :ivar steps: what is left out, not answered, or understood.
     :ivar macros: for each stage for which the filter named the macros it wants, their names.
     """
 
@@ -1342,6 +1366,8 @@ class Negotiated:
 class Reply:
     """A filter's answer to one step.
 
+    :ivar stage: the step.
+    :ivar verdict: what the filter decided.
     :ivar smtp: the SMTP reply that the filter chose, if any.
     :ivar modifications: end of message only, in the filter's order.
     :ivar progress: how many progress packets came before the answer.
@@ -1358,6 +1384,7 @@ class Reply:
 class RefusedRecipient:
     """A recipient that does not get the message.
 
+    :ivar recipient: the address.
     :ivar reply: what the filter said about it; the MTA itself refused it where
         :attr:`Address.rejected` is set.
     """

@@ -174,8 +174,9 @@ def changes(result: Result) -> list[str]:
         result: what ``MTA.send`` returned.
 
     Returns:
-        The verdict with its stage and SMTP reply, then a line for each change: ``+`` and
-        ``-`` before headers that came and went, then the envelope, the quarantine and the new body.
+        The verdict with its stage and SMTP reply, then a line for each change. Headers that came
+        and went have ``+`` and ``-`` before them; the envelope, the quarantine and the new body
+        follow.
         A message that is not accepted stays as it was.
     """
     lines = [f"{result.verdict.name} at {result.stage}"]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("milter")
 
+#: What stands for text in calls; str goes out as UTF-8 with ``surrogateescape``.
 Text = Union[str, bytes]
 
 #: How many bytes of the body the MTA sends at once (MILTER_CHUNK_SIZE).

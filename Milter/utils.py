@@ -58,7 +58,7 @@ def _pat_ip6() -> str:
     return "|".join(forms)
 
 
-#: Matches a whole IPv4 address: four decimal octets without leading zeros.
+#: Matches a whole IPv4 address, four decimal octets without leading zeros.
 ip4re = re.compile(rf"\A{PAT_IP4}\Z")
 #: Matches a whole IPv6 address without scope, in any case (RFC 4291 section 2.2).
 ip6re = re.compile(rf"\A(?:{_pat_ip6()})\Z", re.IGNORECASE | re.ASCII)

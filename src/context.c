@@ -988,9 +988,9 @@ static PyMethodDef context_methods[] = {
 
 static PyGetSetDef context_getters[] = {
     {"actions", (getter)context_actions, NULL,
-     "The actions agreed with the MTA: ADDHDRS, CHGBODY, ...", NULL},
+     "The actions agreed with the MTA, such as ADDHDRS and CHGBODY.", NULL},
     {"protocol", (getter)context_protocol, NULL,
-     "The protocol options agreed with the MTA: P_SKIP, P_NR_HDR, ...", NULL},
+     "The protocol steps agreed with the MTA, such as P_SKIP and P_NR_HDR.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
