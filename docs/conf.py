@@ -14,12 +14,11 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"pymilter {release}"
+html_static_path = ["_static"]
+html_css_files = ["pymilter.css"]
 
-# Headings can be linked to; pages link to files of the repository too, which are
-# no pages: tests/test_docs.py sees to it that all links lead somewhere.
+# Headings can be linked to.
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]
-
 
 autodoc_default_options = {
     "members": True,
