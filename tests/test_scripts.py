@@ -140,10 +140,21 @@ def test_links_inside_the_project_lead_somewhere(document: str) -> None:
     assert [link for link in inside if not (ROOT / link).exists()] == []
 
 
-def test_the_changelog_tells_of_this_version() -> None:
+def test_the_changelog_is_one_of_this_version() -> None:
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
-    assert f"## [{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
+    text = (ROOT / "CHANGELOG.md").read_text()
+    first, *others = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    released = re.compile(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d")
+    if first == "[Unreleased]":
+        assert f"Becomes {version[1]}." in text
+    else:
+        assert first.startswith(f"[{version[1]}] - ") and released.fullmatch(first)
+    assert [other for other in others if not released.fullmatch(other)] == []
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        given = re.findall(r"^### (.*)$", section, re.MULTILINE)
+        assert given == [kind for kind in kinds if kind in given]
 
 
 @pytest.mark.parametrize(
