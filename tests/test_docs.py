@@ -409,7 +409,7 @@ def bare_names(module):
             if not said:
                 yield name
         elif module is milter:
-            if not re.search(rf"^\| `{name}` \| \S", constants, re.MULTILINE):
+            if not re.search(rf"^\| `{name}` \| [^|\s]", constants, re.MULTILINE):
                 yield name
         else:
             # The package takes its own from modules of its own.
