@@ -300,9 +300,8 @@ class Rounds:
             of_round = [taken[turn] for turn in taken if turn.startswith(f"{number}.")]
             if of_round:
                 parts.append(f"{subject.name} {describe_samples(of_round, self._setting.calm)}")
-        say(
-            f"[{number + 1}/{self._setting.rounds}] {workload.key:16} {'; '.join(parts)}  {took:.1f} s"
-        )
+        label = f"[{number + 1}/{self._setting.rounds}] {workload.key:16}"
+        say(f"{label} {'; '.join(parts)}  {took:.1f} s")
 
 
 def run_rounds(plan: list[Workload], subjects: list[Subject], setting: Setting) -> Rounds:
