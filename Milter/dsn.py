@@ -44,6 +44,10 @@ CONNECT_TIMEOUT = 30.0
 #: The longest wait for the answer to QUIT, when all that matters has been said, in seconds.
 QUIT_TIMEOUT = 5.0
 
+#: The most bytes that one reply may have, all its lines together. RFC 5321 section 4.5.3.1.5
+#: allows 512 a line, and no server sends a hundred of them.
+MAX_REPLY = 65536
+
 #: An SMTP reply: code, and text on one line.
 Reply = tuple[int, str]
 #: What :func:`send_dsn` returns: None for success.
@@ -91,8 +95,8 @@ def send_dsn(
     :returns: None where all was accepted; ``(code, text)`` for a refusal; for a
         list of addresses, those refused at RCPT as a dict ``{address: (code, text)}`` (the
         message went to the others). 450 stands for trouble with DNS, no server that
-        answers, and out of time; 553 for a server that greets with our name or none;
-        556 for a domain that takes no mail (RFC 7505)
+        answers (or whose reply never ends), and out of time; 553 for a server that greets
+        with our name or none; 556 for a domain that takes no mail (RFC 7505)
     :raises ValueError: an address is empty, has no domain or cannot be sent in a command;
         domains differ
     :raises ImportError: *session* is needed and dnspython is not installed
@@ -398,14 +402,16 @@ def _wire_form(msg: email.message.Message | str | bytes, eight_bit: bool) -> byt
 
 
 class _Client(smtplib.SMTP):
-    """smtplib's client, every step of which ends at the deadline.
+    """smtplib's client, every step of which ends at the deadline, and every reply at its size.
 
     A socket's time-out restarts with each byte that arrives, so it alone does not bound a
-    reply; here it is set anew before each read.
+    reply; here it is set anew before each read. And smtplib collects the lines of a reply for as
+    long as they come.
     """
 
     def __init__(self, local_hostname: str, deadline: float) -> None:
         self._deadline = deadline
+        self._reply_size = 0
         super().__init__(local_hostname=local_hostname, timeout=CONNECT_TIMEOUT)
 
     def connect(
@@ -416,8 +422,19 @@ class _Client(smtplib.SMTP):
 
     def getreply(self) -> tuple[int, bytes]:
         if self.file is None and self.sock is not None:
-            self.file = io.BufferedReader(_DeadlineReader(self.sock, lambda: self._deadline))
+            self.file = io.BufferedReader(_ReplyReader(self._receive))
+        self._reply_size = 0
         return super().getreply()
+
+    def _receive(self, buffer: Any) -> int:
+        """Read what has come of a reply, before the deadline; OSError where it is too long."""
+        assert self.sock is not None
+        if self._reply_size > MAX_REPLY:
+            raise OSError(f"a reply of more than {MAX_REPLY} bytes")
+        self.sock.settimeout(_remaining(self._deadline))
+        size = self.sock.recv_into(buffer)
+        self._reply_size += size
+        return size
 
     def send(self, s: Any) -> None:
         if self.sock is not None:
@@ -453,19 +470,17 @@ class _Client(smtplib.SMTP):
             self.close()
 
 
-class _DeadlineReader(io.RawIOBase):
-    """Reads from a socket until the deadline."""
+class _ReplyReader(io.RawIOBase):
+    """Makes a file for smtplib to read from."""
 
-    def __init__(self, sock: socket.socket, deadline: Callable[[], float]) -> None:
-        self._sock = sock
-        self._deadline = deadline
+    def __init__(self, receive: Callable[[Any], int]) -> None:
+        self._receive = receive
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_remaining(self._deadline()))
-        return self._sock.recv_into(buffer)
+        return self._receive(buffer)
 
 
 # --- the message ---------------------------------------------------------------------------

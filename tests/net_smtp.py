@@ -16,6 +16,8 @@ DROP = object()
 STALL = object()
 #: Answer one byte at a time, and never to the end.
 DRIP = object()
+#: Answer as fast as the client reads, and never to the end.
+FLOOD = object()
 
 Step = Union[bytes, object]
 
@@ -152,6 +154,10 @@ class Server:
             if self.stopped.wait(0.05):
                 return False
             client.sendall(b"2")
+        while reply is FLOOD:
+            if self.stopped.is_set():
+                return False
+            client.sendall(b"250-%s\r\n" % (b"x" * 500) * 100)
         assert isinstance(reply, bytes)
         client.sendall(reply + b"\r\n")
         return True

@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from aiosmtpd.smtp import SMTP, Envelope
 from aiosmtpd.smtp import Session as Dialogue
 from hypothesis import given
 from hypothesis import strategies as st
-from net_smtp import DRIP, DROP, STALL, TLS_FILE, Late, Step, serving
+from net_smtp import DRIP, DROP, FLOOD, STALL, TLS_FILE, Late, Step, serving
 
 from Milter import dsn
 from Milter.dns import DNSError, Session
@@ -140,6 +141,28 @@ def test_the_timeout_bounds_sending(port: Any) -> None:
     assert reply == (450, "mail servers of a.test: out of time after 1.5 s")
 
 
+@pytest.mark.parametrize("step", ["banner", "EHLO", "MAIL", "RCPT", "DATA", "."])
+def test_a_reply_without_end_is_not_collected(port: Any, step: str) -> None:
+    """The time-out alone would let a stranger's server fill the memory for ten minutes."""
+    with serving({step: FLOOD}) as server:
+        port(server)
+        tracemalloc.start()
+        try:
+            reply = send_dsn("joe@a.test", "me.test", MESSAGE, 60, Zone())
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert reply == (450, "no mail server of a.test answers")
+    assert peak < 1 << 20, peak
+
+
+def test_a_long_reply_within_its_bound(port: Any) -> None:
+    reply = b"".join(b"250-%d" % number + b"x" * 500 + b"\r\n" for number in range(100))
+    with serving({"EHLO": reply + b"250 8BITMIME", "RCPT": reply + b"250 ok"}) as server:
+        port(server)
+        assert send_dsn("joe@a.test", "me.test", MESSAGE, 10, Zone()) is None
+
+
 def test_a_late_answer_in_time(port: Any) -> None:
     late = {"banner": Late(0.2, b"220 mx.test"), "MAIL": Late(0.2, b"250 ok")}
     with serving(late) as server:
@@ -152,7 +175,7 @@ def test_no_time_at_all() -> None:
     assert reply == (450, "mail servers of a.test: out of time after 0 s")
 
 
-@pytest.mark.parametrize("how", [DROP, STALL, DRIP, b"500 what?"])
+@pytest.mark.parametrize("how", [DROP, STALL, DRIP, FLOOD, b"500 what?"])
 def test_the_answer_to_quit_changes_nothing(
     port: Any, monkeypatch: pytest.MonkeyPatch, how: Step
 ) -> None:
