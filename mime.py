@@ -895,7 +895,10 @@ class MimeMessage(Message):
         fields, size = self._original_head()
         if self._source is not None and self._headers == self._seen_headers and fields:
             head = self._raw()[:size]
-            return head if head.endswith((b"\n", b"\r")) else head + newline + newline
+            if size > sum(map(len, fields)):
+                return head
+            # The first line of the body ended the header, and may not be what it was.
+            return _end_header(head, newline)
         unixfrom = fields[:1] if fields[:1] and fields[0].startswith(b"From ") else []
         fields = fields[len(unixfrom) :]
         known: dict[tuple[int, int], list[bytes]] = {}
@@ -908,7 +911,7 @@ class MimeMessage(Message):
             same = known.get((id(name), id(value)))
             line = same.pop() if same else self._field(name, value, newline)
             lines.append(line if line.endswith((b"\n", b"\r")) else line + newline)
-        return b"".join(lines) + newline
+        return _end_header(b"".join(lines), newline)
 
     def _field(self, name: str, value: Any, newline: bytes) -> bytes:
         """A header field as a line, or as several folded ones."""
@@ -994,6 +997,14 @@ def _unquote_value(value: Any) -> Any:
     if isinstance(value, tuple):
         return value[0], value[1], email.utils.unquote(value[2])
     return email.utils.unquote(value)
+
+
+def _end_header(fields: bytes, newline: bytes) -> bytes:
+    """Header fields with the empty line that parts them from the body."""
+    # After a lone CR, one LF would only complete the line end.
+    if fields and not fields.endswith((b"\n", newline[:1])):
+        fields += newline
+    return fields + newline
 
 
 def _newline(msg: MimeMessage) -> bytes:
@@ -1562,7 +1573,13 @@ class HTMLScriptFilter(SGMLFilter):
 
     def handle_unclosed(self, data: str) -> None:
         """Pass an unfinished construct on, unless it might become a script."""
-        self.write(self.msg if _SUSPECT.search(_squeeze(data)) else data)
+        if not _SUSPECT.search(_squeeze(data)):
+            self.write(data)
+            return
+        end = re.match(r"</([a-z]+)(?=[\s/>])", data, re.ASCII | re.IGNORECASE)
+        if end and not self._inner and end[1].lower() in _RAW_ELEMENTS:
+            self.write(end[0] + ">")  # else raw text that was checked would have another end
+        self.write(self.msg)
 
 
 def _local_name(tag: str) -> str:

@@ -102,6 +102,31 @@ def test_html_without_scripts_has_no_new_boundary(line: bytes) -> None:
     assert [part.get_filename() for part in again.get_payload()] in ([None], ["WARNING.TXT"])
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"], ids=["lf", "cr", "crlf"])
+@pytest.mark.parametrize("within", [False, True], ids=["message", "attached"])
+def test_a_body_without_an_empty_line_before_it_becomes_no_header(end: bytes, within: bool) -> None:
+    """What ended the header was a NUL, which goes with the scripts."""
+    raw = (
+        b"Content-Type: text/html" + end + b"\0Content-Disposition: attachment; filename=a.exe\n"
+        b"Content-Transfer-Encoding: base64\n\nTVo=\n"
+    )
+    if within:
+        raw = b"Content-Type: message/rfc822\n\n" + raw
+    msg = mime.message_from_file(io.BytesIO(raw))
+    assert mime.defang(msg)
+    again = mime.message_from_file(io.BytesIO(msg.as_bytes()))
+    assert b"a.exe" in again.as_bytes()
+    assert [part.get_filename() for part in again.walk()] in ([None], [None, None])
+
+
+def test_the_warning_for_an_attached_message_stays_within_it() -> None:
+    raw = b"Content-Type: message/rfc822\r\0Content-Type: a; name=b.exe\n\nbegin 644 c.exe\n#AAAA\n"
+    msg = mime.message_from_file(io.BytesIO(raw))
+    assert mime.defang(msg)
+    again = mime.message_from_file(io.BytesIO(msg.as_bytes()))
+    assert [part.get_filename() for part in again.walk()] == [None, "WARNING.TXT"]
+
+
 def test_records_of_another_class_are_no_answer() -> None:
     """AAAA in the class CH holds anything, and once made a ValueError."""
     dns = pytest.importorskip("dns.message")
