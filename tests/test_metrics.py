@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
+import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +18,11 @@ from conftest import WAIT, python_command
 
 import Milter
 from Milter import metrics
-from Milter.mta import MTA
+from Milter.mta import MTA, Stage, Verdict
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lifecycle_support import gone
 
 FILTER = """
 import sys, threading
@@ -138,6 +147,47 @@ def test_times_fall_into_buckets(run_filter: Run) -> None:
     assert seconds <= slowest < 2 * seconds
     assert len(counts) == len(metrics.BOUNDS)
     assert counts[metrics.BOUNDS.index(slowest)] == sum(counts) == 1
+
+
+SILENT = """
+class Silent(Counted):
+    @Milter.noreply
+    def header(self, name, value):
+        return super().header(name, value)
+
+    def eoh(self):
+        return Milter.CONTINUE
+Milter.factory = Silent
+"""
+
+
+def test_what_a_step_without_reply_owes_is_counted_where_it_is_given(run_filter: Run) -> None:
+    filter_ = run_filter(source=ENABLED + SILENT + RUN)
+    with filter_.mta() as mta:
+        assert send(mta, b"Subject: a", b"Bad: b").stage is Stage.EOH
+    _, _, _, stages = told(filter_)
+    assert stages["header"][:3] == (2, {"NOREPLY": 2}, 1)
+    assert stages["eoh"][:3] == (1, {"TEMPFAIL": 1}, 0)
+
+
+def test_messages_that_are_put_off_while_the_filter_stops_are_counted(run_filter: Run) -> None:
+    filter_ = run_filter(source=ENABLED + RUN + 'print("told", tell(), flush=True)\n')
+    with contextlib.closing(filter_.mta()) as first, contextlib.closing(filter_.mta()) as second:
+        first.greet()
+        second.greet()
+        first.mail("<a@example.com>")
+        first.rcpt("<r@example.org>")
+        second.mail("<b@example.com>")
+        os.kill(filter_.pid, signal.SIGTERM)
+        gone(filter_.socket)
+        assert second.rcpt("<r@example.org>").verdict is Verdict.TEMPFAIL
+        assert first.eom().verdict is Verdict.ACCEPT
+    line = filter_.wait_for("told (")
+    assert filter_.wait() == 0
+    _, _, messages, stages = ast.literal_eval(line.partition(" ")[2])
+    assert messages == 2
+    assert stages["envrcpt"][:3] == (2, {"CONTINUE": 1, "TEMPFAIL": 1}, 0)
+    assert stages["eom"][:3] == (1, {"ACCEPT": 1}, 0)
 
 
 WORKERS = 'Milter.runmilter("counted", sys.argv[1], workers=2)\n'
