@@ -182,22 +182,22 @@ class Load:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out: ``faults`` is empty where all is well."""
+    """What came out: ``faults`` is empty where all is well, ``growth`` None where not judged."""
 
     faults: list[str]
-    growth: int
+    growth: int | None
     settled_after: int
 
 
-def growth(samples: list[Sample], settled_after: int) -> int:
-    """By how much the resident set grew once it was settled, in bytes."""
+def growth(samples: list[Sample], settled_after: int) -> int | None:
+    """By how much the resident set grew once it was settled, in bytes; None where too short."""
     settled = [
         sample.rss
         for sample in samples
         if min(sample.connections, sample.messages) >= settled_after
     ]
     if len(settled) < 2:
-        return 0
+        return None
     edge = min(AT_EDGE, len(settled) // 2)
     return int(statistics.median(settled[-edge:]) - statistics.median(settled[:edge]))
 
@@ -208,7 +208,7 @@ def judge(
     """What is wrong with the filter, if anything."""
     faults = []
     grown = growth(samples, settled_after)
-    if grown >= GROWTH:
+    if grown is not None and grown >= GROWTH:
         faults.append(f"memory grew by {grown / 1024:.0f} KiB after {settled_after:,} messages")
     if after.created != after.deleted:
         faults.append(f"{after.created} contexts created, {after.deleted} deleted")
@@ -368,19 +368,38 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if options.plot is not None:
         draw(result, options.plot)
+    print(summary(result))
+    for fault in result["verdict"]["faults"]:
+        print(f"FAULT: {fault}")
+    print(conclusion(result))
+    return 1 if result["verdict"]["faults"] else 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What was seen, on one line."""
     load, after, verdict = result["load"], result["after"], result["verdict"]
-    print(
+    if verdict["growth"] is None:
+        memory = "memory not judged"
+    else:
+        memory = (
+            f"memory grew by {verdict['growth'] / 1024:.0f} KiB after {verdict['settled_after']:,}"
+        )
+    return (
         f"{load['connections']:,} connections, {load['messages']:,} messages in "
         f"{after['seconds']:.0f} s; contexts: {after['created']:,} created, "
-        f"{after['deleted']:,} deleted; {after['reported']:,} exceptions reported; memory grew by "
-        f"{verdict['growth'] / 1024:.0f} KiB after {verdict['settled_after']:,}; descriptors "
-        f"{result['before']['descriptors']} before, {after['descriptors']} after; threads "
-        f"{result['before']['threads']} before, {after['threads']} after"
+        f"{after['deleted']:,} deleted; {after['reported']:,} exceptions reported; {memory}; "
+        f"descriptors {result['before']['descriptors']} before, {after['descriptors']} after; "
+        f"threads {result['before']['threads']} before, {after['threads']} after"
     )
-    for fault in verdict["faults"]:
-        print(f"FAULT: {fault}")
-    print("FAILED" if verdict["faults"] else "OK: nothing leaks")
-    return 1 if verdict["faults"] else 0
+
+
+def conclusion(result: dict[str, Any]) -> str:
+    """The verdict, which says no more than was judged."""
+    if result["verdict"]["faults"]:
+        return "FAILED"
+    if result["verdict"]["growth"] is None:
+        return "OK: nothing is left behind; too short to judge memory"
+    return "OK: nothing leaks"
 
 
 if __name__ == "__main__":

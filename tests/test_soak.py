@@ -90,9 +90,10 @@ def samples(module: Any, rss: list[int]) -> list[Any]:
         ([1, 9, *[10] * 40, 99, *[10] * 20], 0),  # a moment's peak is no growth
         ([1, 5, *range(10, 60)], 40),
         ([*[50] * 30, *[20] * 30], -30),
+        ([1, 2, 9], None),  # the last alone is settled
     ],
 )
-def test_growth_is_that_after_the_beginning(module: Any, rss: list[int], grown: int) -> None:
+def test_growth_is_that_after_the_beginning(module: Any, rss: list[int], grown: int | None) -> None:
     assert module.growth(samples(module, rss), 2000) == grown
 
 
@@ -122,3 +123,57 @@ def test_growth_and_wrong_answers_are_faults(module: Any) -> None:
         "memory grew by 1024 KiB after 0 messages",
         "3 wrong answers, the first: eom: answer 'r'",
     ]
+
+
+@pytest.fixture
+def result(module: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a run has seen: sixty samples, in which nothing leaks."""
+    many = samples(module, [20 << 20] * 60)
+    report = {"errors": 0, "error": "", "raise": 1, "connections": 60_000, "messages": 60_000}
+    after = dataclasses.replace(many[-1], seconds=61.0)
+    verdict = module.judge(many, many[0], after, report, 30_000)
+    found = {
+        "verdict": dataclasses.asdict(verdict),
+        "load": report,
+        "before": dataclasses.asdict(many[0]),
+        "after": dataclasses.asdict(after),
+        "samples": [dataclasses.asdict(sample) for sample in many],
+    }
+    monkeypatch.setattr(module, "run", lambda options, directory: found)
+    return found
+
+
+def test_the_conclusion_says_what_was_judged(
+    module: Any, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module.main([]) == 0
+    said = capsys.readouterr().out
+    assert "memory grew by 0 KiB after 30,000" in said
+    assert said.endswith("OK: nothing leaks\n")
+
+
+def test_a_run_too_short_for_memory_does_not_say_that_nothing_leaks(
+    module: Any, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result["verdict"]["growth"] = None
+    assert module.main([]) == 0
+    said = capsys.readouterr().out
+    assert "memory not judged" in said
+    assert "nothing leaks" not in said
+
+
+def test_a_fault_is_told(
+    module: Any, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result["verdict"]["faults"] = ["threads: 7 before, 8 after"]
+    assert module.main([]) == 1
+    assert capsys.readouterr().out.endswith("FAULT: threads: 7 before, 8 after\nFAILED\n")
+
+
+def test_the_plot(module: Any, result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="scripts/soak installs matplotlib")
+    picture = tmp_path / "soak.svg"
+    assert module.main(["--plot", str(picture)]) == 0
+    drawn = picture.read_text()
+    for text in ("60,000 connections, 60,000 messages", "resident set", "threads", "contexts"):
+        assert f"<!-- {text}" in drawn
