@@ -511,6 +511,10 @@ report_exception(Call *call)
         PyErr_Clear(); /* the note is a courtesy; the report matters */
     }
     Py_XDECREF(done);
+#else
+    if (message != NULL) {
+        log_record("error", Py_NewRef(message), NULL); /* the hook sees no notes before 3.11 */
+    }
 #endif
     traceback = PyException_GetTraceback(exception);
     done = PyObject_CallFunctionObjArgs(hook, (PyObject *)Py_TYPE(exception), exception,
