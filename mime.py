@@ -1365,8 +1365,13 @@ _SUSPECT = re.compile(
     r"data:[^,]{0,300}(?:html|xml)"
 )
 _TAG_LIKE = re.compile(r"<[/!?]|<[A-Za-z][^<]*>|--!?\s{0,100}>")
-_HIDDEN_EVENT = re.compile(r"/on[a-z]{1,40}\s{0,20}=", re.IGNORECASE)
-_ODD_NAME = re.compile(r"[\"'<`]")
+# What some readers take for white space, and the HTML standard does not: no attribute ends there.
+_ODD_SPACE = (
+    r"\x00-\x08\x0b\x0e-\x1f\x7f-\xa0\u1680\u2000-\u200f\u2028-\u202f\u205f-\u2064\u3000\ufeff"
+)
+_HIDDEN_EVENT = re.compile(rf"[/{_ODD_SPACE}]on[a-z]{{1,40}}\s{{0,20}}=", re.IGNORECASE)
+_HIDDEN_QUOTE = re.compile(rf"[{_ODD_SPACE}]+[\"']")
+_ODD_NAME = re.compile(rf"[\"'<`{_ODD_SPACE}]")
 _LOOSE_END = re.compile(r"--!>|--\s{1,100}>")
 _PLAIN_ENDTAG = re.compile(r"</[^<>\"'`=]*>\Z")
 _RAW_ELEMENTS = frozenset(
@@ -1576,7 +1581,7 @@ class HTMLScriptFilter(SGMLFilter):
         if not _SUSPECT.search(_squeeze(data)):
             self.write(data)
             return
-        end = re.match(r"</([a-z]+)(?=[\s/>])", data, re.ASCII | re.IGNORECASE)
+        end = re.match(r"</([a-z]+)(?=[ \t\n\r\f/>])", data, re.ASCII | re.IGNORECASE)
         if end and not self._inner and end[1].lower() in _RAW_ELEMENTS:
             self.write(end[0] + ">")  # else raw text that was checked would have another end
         self.write(self.msg)
@@ -1592,7 +1597,7 @@ def _local_name(tag: str) -> str:
 def _end_pattern(name: str) -> tuple[re.Pattern[str], int]:
     """What ends a raw element, and how long it can be (with one character after it)."""
     prefix = r"(?:[A-Za-z0-9]{1,20}:)?" if name == "script" else ""
-    pattern = re.compile(rf"</{prefix}{name}(?=[\s/>])", re.ASCII | re.IGNORECASE)
+    pattern = re.compile(rf"</{prefix}{name}(?=[ \t\n\r\f/>])", re.ASCII | re.IGNORECASE)
     return pattern, len(name) + 24
 
 
@@ -1602,9 +1607,7 @@ def _safe_tag(tag: str, text: str) -> str:
         return _GAP
     out, pos = [], 0
     for start, end, name, value in iter_attributes(text, 1 + len(tag)):
-        # some readers take a slash as the end of an unquoted value
-        unquoted = value is not None and text[end - 1] not in "\"'"
-        if _harmful(tag, name.lower(), value) or (unquoted and _HIDDEN_EVENT.search(value or "")):
+        if _harmful(tag, name.lower(), value) or not _plain_value(value, text[start:end]):
             out.append(text[pos:start].rstrip(" \t\n\r\f\v"))
             if text[end : end + 1] not in tuple(" \t\n\r\f\v/>"):
                 out.append(" ")
@@ -1615,6 +1618,16 @@ def _safe_tag(tag: str, text: str) -> str:
             pos = end
     out.append(text[pos:])
     return "".join(out)
+
+
+def _plain_value(value: str | None, source: str) -> bool:
+    """Whether all readers find the same end of an attribute, `source` as it stands.
+
+    Without quotes, some take a slash or odd spaces for it.
+    """
+    if value is None or source.endswith((f'"{value}"', f"'{value}'")):
+        return True
+    return not (_HIDDEN_EVENT.search(value) or _HIDDEN_QUOTE.match(value))
 
 
 def _harmful(tag: str, name: str, value: str | None) -> bool:

@@ -45,7 +45,8 @@ def _state(pattern: str, moves: Mapping[str, int], other: int = _END) -> Any:
     return re.compile(pattern), table, other
 
 
-_WS = " \t\n\r\f\v"
+# HTML's white space (the HTML standard, section 13.2.5); \s has more, which no browser skips.
+_WS = " \t\n\r\f"
 
 
 def _tag_table(splits: bool) -> _Table:
@@ -53,14 +54,14 @@ def _tag_table(splits: bool) -> _Table:
     less, stop = ("<", {">": _END, "<": _END_BEFORE}) if splits else ("", {">": _END})
     name, before, attribute, after, value, double, single, plain = range(8)
     return {
-        name: _state(rf"[\s/>{less}]", {_WS + "/": before, **stop}),
-        before: _state(r"[^\s/]", stop, attribute),
-        attribute: _state(rf"[\s/>={less}]", {_WS: after, "/": before, "=": value, **stop}),
-        after: _state(r"\S", {"=": value, "/": before, **stop}, attribute),
-        value: _state(r"\S", {'"': double, "'": single, **stop}, plain),
+        name: _state(rf"[{_WS}/>{less}]", {_WS + "/": before, **stop}),
+        before: _state(rf"[^{_WS}/]", stop, attribute),
+        attribute: _state(rf"[{_WS}/>={less}]", {_WS: after, "/": before, "=": value, **stop}),
+        after: _state(rf"[^{_WS}]", {"=": value, "/": before, **stop}, attribute),
+        value: _state(rf"[^{_WS}]", {'"': double, "'": single, **stop}, plain),
         double: _state('"', {'"': before}),
         single: _state("'", {"'": before}),
-        plain: _state(rf"[\s>{less}]", {_WS: before, **stop}),
+        plain: _state(rf"[{_WS}>{less}]", {_WS: before, **stop}),
     }
 
 
@@ -160,13 +161,13 @@ class _RawEnd:
 
 
 _NAME = re.compile(r"[a-zA-Z][-_.a-zA-Z0-9]*")
-_NAME_HTML = re.compile(r"[^\s/>]+")
+_NAME_HTML = re.compile(rf"[^{_WS}/>]+")
 _ATTRIBUTE = re.compile(r"[a-zA-Z_][-.:a-zA-Z_0-9]*\Z")
 _SHORTTAG = re.compile(r"<([a-zA-Z][-.a-zA-Z0-9]*)/([^/<>]*)(/?)")
-_SKIP = re.compile(r"[\s/]*")
-_RAW_NAME = re.compile(r"=?[^\s/>=]*")
-_EQUALS = re.compile(r"\s*=\s*")
-_UNQUOTED = re.compile(r"[^\s>]*")
+_SKIP = re.compile(rf"[{_WS}/]*")
+_RAW_NAME = re.compile(rf"=?[^{_WS}/>=]*")
+_EQUALS = re.compile(rf"[{_WS}]*=[{_WS}]*")
+_UNQUOTED = re.compile(rf"[^{_WS}>]*")
 _CHARREF = re.compile(r"&#([0-9]+)")
 _ENTITYREF = re.compile(r"&([a-zA-Z][-.a-zA-Z0-9]*)")
 _DECL_TOKEN = re.compile(

@@ -76,6 +76,38 @@ def test_what_only_resembles_a_raw_element_hides_nothing(name: str) -> None:
     assert "onerror" not in out.getvalue()
 
 
+@pytest.mark.parametrize("space", ["\x0b", "\x1f", "\x85", "\xa0", "\u2003"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<img x{} onerror=alert(1)>",
+        "<img{}x onerror=alert(1)>",
+        "<img{}onerror=alert(1)>",
+        '<img a={}"b onerror=alert(1) c">',
+        '<img a={}"b title="onerror=alert(1) c">',
+        '<img ={}"onerror=alert(1) x">',
+        "<img a=x{}onerror=alert(1)>",
+    ],
+)
+def test_odd_spaces_end_no_tag_and_hide_no_event(space: str, tag: str) -> None:
+    """Python's white space is more than that of HTML, and some readers have their own."""
+    out = io.StringIO()
+    parser = mime.HTMLScriptFilter(out)
+    parser.feed(tag.format(space))
+    parser.close()
+    assert not re.search(r"(?<!title=\")onerror", out.getvalue())
+    assert space not in out.getvalue() or "onerror" not in out.getvalue()
+
+
+def test_spaces_within_values_stay() -> None:
+    text = '<p title="a\xa0b" style="margin: 0\u2003auto" class=x>\xa0</p>'
+    out = io.StringIO()
+    parser = mime.HTMLScriptFilter(out)
+    parser.feed(text)
+    parser.close()
+    assert out.getvalue() == text
+
+
 @pytest.mark.parametrize(
     "line",
     [
