@@ -79,6 +79,12 @@ def add_values(f: Any) -> None:
         attempt(f, number, "base", lambda n=number, v=value: f.addheader(f"X-B{n}", v))
 
 
+def insert_values(f: Any) -> None:
+    for number, value in enumerate(values("insheader")):
+        attempt(f, number, "ctx", lambda n=number, v=value: f._ctx.addheader(f"X-C{n}", v, 1))
+        attempt(f, number, "base", lambda n=number, v=value: f.addheader(f"X-B{n}", v, 1))
+
+
 def add_names(f: Any) -> None:
     for number, value in enumerate(values("header name")):
         attempt(f, number, "ctx", lambda n=number, v=value: f._ctx.addheader(v, f"c{n}."))
@@ -118,6 +124,17 @@ def change_values(f: Any) -> None:
         attempt(f, number, "base", lambda n=number, v=value: f.chgheader(f"X-B{n}", 1, v))
 
 
+def change_names(f: Any) -> None:
+    """No message has such headers, which Postfix adds then."""
+    for number in range(f.value_number, f.value_number + CHANGES):
+        twice(f, number, "chgheader", values("chgheader name")[number], 1, f"n{number}.")
+
+
+def after(beginning: str, value: Value) -> Value:
+    """The value with something harmless before it."""
+    return beginning + value if isinstance(value, str) else beginning.encode() + value
+
+
 def reply(f: Any) -> int:
     note_number(f)
     value = values("setreply")[f.value_number]
@@ -132,12 +149,28 @@ def reply_lines(f: Any) -> int:
     return Milter.REJECT
 
 
+def reply_code(f: Any) -> int:
+    note_number(f)
+    value = values("setreply code")[f.value_number]
+    twice(f, f.value_number, "setreply", after("550", value), "5.7.1", "text")
+    return Milter.REJECT
+
+
+def reply_enhanced_code(f: Any) -> int:
+    note_number(f)
+    value = values("setreply enhanced code")[f.value_number]
+    twice(f, f.value_number, "setreply", "550", after("5.7.1", value), "text")
+    return Milter.REJECT
+
+
 CASES = tuple(
     Case(f"hostile values: {name}", filter=filter_)
     for name, filter_ in {
         "addheader": Filter(on={"eom": add_values}),
+        "insheader": Filter(on={"eom": insert_values}),
         "header name": Filter(on={"eom": add_names}),
         "chgheader": Filter(on={"envrcpt": note_number, "eom": change_values}),
+        "chgheader name": Filter(on={"envrcpt": note_number, "eom": change_names}),
         "addrcpt": per_message("addrcpt", "addrcpt"),
         "addrcpt parameters": Filter(on={"eom": add_parameters}),
         "delrcpt": Filter(on={"eom": delete_recipients}),
@@ -146,5 +179,7 @@ CASES = tuple(
         "quarantine": per_message("quarantine", "quarantine"),
         "setreply": Filter(on={"envrcpt": reply}),
         "setreply lines": Filter(on={"envrcpt": reply_lines}),
+        "setreply code": Filter(on={"envrcpt": reply_code}),
+        "setreply enhanced code": Filter(on={"envrcpt": reply_enhanced_code}),
     }.items()
 )
