@@ -11,6 +11,7 @@ import hashlib
 import math
 import numbers
 import re
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, TextIO
 
@@ -19,6 +20,11 @@ GRACE = 5
 # In bytes; more than RFC 5321 allows any address to have.  Longer ones are hostile, and shortened:
 # three of this length still fit into an entry of PostgreSQL's index.
 LONGEST_ADDRESS = 512
+# Strangers choose the triples.  So each new one pays for a look at this many others, and those that
+# no longer matter go: there are never many more records than those that do.
+SWEEP = 4
+# In seconds; for so long they are kept, as clocks and limits may differ a little.
+MARGIN = 3600
 # How long to wait for a server or for a locked file, in seconds.
 TIMEOUT = 5.0
 
@@ -72,16 +78,24 @@ class State(NamedTuple):
     cnt: int
 
 
+def is_past(state: State, now: float, limits: Limits) -> bool:
+    """Whether a triple seen at *now* begins anew, as if there were no record of it."""
+    if state.cnt > 0:
+        return now > state.lastseen + limits.retain
+    return now > state.firstseen + limits.expire
+
+
+def is_litter(state: State, limits: Limits) -> bool:
+    """Whether a record can go; by the true time, as nothing comes back that went too early."""
+    return is_past(state, time.time() - MARGIN, limits)
+
+
 def advance(old: State | None, now: float, limits: Limits) -> State:
     """The state of a triple after it was seen at *now*; its ``cnt`` is what ``check`` returns."""
-    if old is None:
+    if old is None or is_past(old, now, limits):
         return State(now, now, 0)
     if old.cnt > 0:
-        if now > old.lastseen + limits.retain:
-            return State(now, now, 0)
         return State(old.firstseen, now, old.cnt + 1)
-    if now > old.firstseen + limits.expire:
-        return State(now, now, 0)
     if now < old.firstseen + limits.grey + GRACE:
         return State(old.firstseen, now, 0)
     return State(old.firstseen, now, 1)

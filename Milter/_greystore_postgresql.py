@@ -6,6 +6,7 @@ the filter.  So statements are sent through psycopg's layer over libpq, each wai
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -13,7 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from ._greystore import GRACE, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
+from ._greystore import (
+    GRACE,
+    MARGIN,
+    SWEEP,
+    TIMEOUT,
+    Limits,
+    Row,
+    State,
+    Store,
+    StoreUnavailable,
+    Triple,
+)
 
 try:
     import psycopg
@@ -25,10 +37,14 @@ except ImportError as exc:
         name="psycopg",
     ) from exc
 
+log = logging.getLogger("milter.greylist")
+
 _T = TypeVar("_T")
 
 # Threads wait for one another beyond this many connections.
 _MOST_CONNECTIONS = 8
+# After so many new records it looks at all that these pay for, in one statement.
+_SWEEP_AFTER = 16
 # Statements over the whole table may take longer.
 _LONG_TIMEOUT = 120.0
 
@@ -61,8 +77,23 @@ ON CONFLICT (ip, sender, recipient) DO UPDATE SET
         WHEN g.cnt = 0 AND excluded.lastseen <= g.firstseen + $6::double precision
           AND excluded.lastseen >= g.firstseen + $5::double precision
         THEN 1 ELSE 0 END
-RETURNING cnt
+RETURNING cnt, xmax = 0
 """
+# The next few records by their triples, without those that no longer matter; one process at a time.
+_NEXT = f"""
+WITH looked_at AS (
+    SELECT ip, sender, recipient FROM greylist
+    WHERE (ip, sender, recipient) > ($1, $2, $3)
+      AND (SELECT pg_try_advisory_xact_lock(hashtext('pymilter greylist'), {SWEEP}))
+    ORDER BY ip, sender, recipient LIMIT $6::bigint),
+gone AS (
+    DELETE FROM greylist AS g USING looked_at AS l
+    WHERE g.ip = l.ip AND g.sender = l.sender AND g.recipient = l.recipient
+      AND CASE WHEN g.cnt > 0 THEN g.lastseen + $5::double precision
+               ELSE g.firstseen + $4::double precision END < {_NOW} - {MARGIN})
+SELECT ip, sender, recipient FROM looked_at ORDER BY ip, sender, recipient
+"""
+_BEFORE_ALL = ("", "", "")
 _CLEAN = f"""
 WITH gone AS (DELETE FROM greylist
     WHERE lastseen < {_NOW} + $1::double precision - $2::double precision RETURNING 1)
@@ -97,12 +128,29 @@ class PostgreSQLStore(Store):
             raise ValueError(f"dbname is no URL that libpq understands: {exc}") from None
         self._pool = _Pool(url)
         self._pool.run(_prepare)
+        self._fresh = 0
+        self._swept: Sequence[str | None] = _BEFORE_ALL
 
     def check(self, triple: Triple, limits: Limits, timeinc: float) -> int:
         grey, expire, retain = limits
         params = (*triple, float(timeinc), grey + GRACE, expire, retain)
-        rows = self._pool.run(lambda connection: connection.execute(_CHECK, params))
-        return int(rows[0][0] or 0)
+        ((cnt, fresh),) = self._pool.run(lambda connection: connection.execute(_CHECK, params))
+        if fresh == "t":
+            self._fresh += 1
+            if self._fresh % _SWEEP_AFTER == 0:
+                self._sweep(limits)
+        return int(cnt or 0)
+
+    def _sweep(self, limits: Limits) -> None:
+        """Look at the next few records, round and round; no check fails because of it."""
+        count = _SWEEP_AFTER * SWEEP
+        params = (*self._swept, limits.expire, limits.retain, count)
+        try:
+            found = self._pool.run(lambda connection: connection.execute(_NEXT, params))
+        except StoreUnavailable as exc:
+            log.warning("old records are kept for now: %s", exc)
+            return
+        self._swept = found[-1] if len(found) == count else _BEFORE_ALL
 
     def clean(self, retain: float, timeinc: float) -> int:
         params = (float(timeinc), retain)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from ._greystore import GRACE, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
+from ._greystore import GRACE, MARGIN, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
 
 try:
     import redis
@@ -30,8 +30,6 @@ except ImportError as exc:
 _PREFIX = "milter:greylist:"
 _MOST_CONNECTIONS = 16
 _BATCH = 500
-# For how long Redis keeps a record after it expired, so that clocks and limits may differ a little.
-_MARGIN_MS = 86_400_000
 
 _NOW = """
 local clock = redis.call('TIME')
@@ -52,7 +50,7 @@ elseif cnt > 0 or now >= firstseen + grey then
   cnt = cnt + 1
 end
 redis.call('HSET', KEYS[1], 'firstseen', firstseen, 'lastseen', now, 'cnt', cnt)
-redis.call('PEXPIRE', KEYS[1], ARGV[5])
+redis.call('PEXPIRE', KEYS[1], cnt > 0 and ARGV[6] or ARGV[5])
 return cnt
 """
 )
@@ -108,8 +106,8 @@ class RedisStore(Store):
             self._client.ping()
 
     def check(self, triple: Triple, limits: Limits, timeinc: float) -> int:
-        keep = math.ceil(max(limits.retain, limits.expire) * 1000) + _MARGIN_MS
-        args = [float(timeinc), limits.grey + GRACE, limits.expire, limits.retain, keep]
+        keep = (math.ceil((time + MARGIN) * 1000) for time in (limits.expire, limits.retain))
+        args = [float(timeinc), limits.grey + GRACE, limits.expire, limits.retain, *keep]
         with self._errors():
             return int(self._check(keys=[_PREFIX + triple.key], args=args))
 

@@ -30,6 +30,7 @@ class ShelfFile(MutableMapping[bytes, bytes]):
         _take_over(path)
         self._db = Database(path, _SCHEMA)
         self._connection: sqlite3.Connection | None = None
+        self._looked_at = 0
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -41,7 +42,14 @@ class ShelfFile(MutableMapping[bytes, bytes]):
             finally:
                 self._connection = None
 
-    def _execute(self, sql: str, *args: bytes) -> sqlite3.Cursor:
+    def next_keys(self, count: int) -> list[bytes]:
+        """Some keys, with each call the next ones, round and round."""
+        sql = "SELECT rowid, key FROM Dict WHERE rowid > ? ORDER BY rowid LIMIT ?"
+        found = self._execute(sql, self._looked_at, count).fetchall()
+        self._looked_at = found[-1][0] if len(found) == count else 0
+        return [key for _, key in found]
+
+    def _execute(self, sql: str, *args: bytes | int) -> sqlite3.Cursor:
         if self._connection is None:
             raise RuntimeError("the shelf is used outside of a transaction")
         return self._connection.execute(sql, args)

@@ -10,7 +10,18 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from ._greystore import TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple, advance
+from ._greystore import (
+    SWEEP,
+    TIMEOUT,
+    Limits,
+    Row,
+    State,
+    Store,
+    StoreUnavailable,
+    Triple,
+    advance,
+    is_litter,
+)
 
 log = logging.getLogger("milter.greylist")
 
@@ -21,6 +32,9 @@ CREATE TABLE IF NOT EXISTS greylist(
     PRIMARY KEY (ip, sender, recipient))
 """
 _SELECT = "SELECT firstseen, lastseen, cnt FROM greylist WHERE ip=? AND sender=? AND recipient=?"
+_NEXT = (
+    "SELECT rowid, firstseen, lastseen, cnt FROM greylist WHERE rowid > ? ORDER BY rowid LIMIT ?"
+)
 # Replaces records that other programs spoilt, too.
 _INSERT = (
     "INSERT OR REPLACE INTO greylist (ip, sender, recipient, firstseen, lastseen, cnt, umis)"
@@ -124,13 +138,25 @@ class SQLiteStore(Store):
 
     def __init__(self, path: str) -> None:
         self._db = Database(path, _SCHEMA)
+        self._swept = 0
 
     def check(self, triple: Triple, limits: Limits, timeinc: float) -> int:
         with self._db.transaction() as connection:
             old = _state(connection.execute(_SELECT, triple).fetchone())
             new = advance(old, time.time() + timeinc, limits)
             _write(connection, triple, old, new)
+            if old is None:
+                self._sweep(connection, limits)
             return new.cnt
+
+    def _sweep(self, connection: sqlite3.Connection, limits: Limits) -> None:
+        """Look at the next few records, round and round."""
+        found = connection.execute(_NEXT, (self._swept, SWEEP)).fetchall()
+        for rowid, *record in found:
+            state = _state(tuple(record))
+            if state is not None and is_litter(state, limits):
+                connection.execute("DELETE FROM greylist WHERE rowid = ?", (rowid,))
+        self._swept = found[-1][0] if len(found) == SWEEP else 0
 
     def clean(self, retain: float, timeinc: float) -> int:
         oldest = time.time() + timeinc - retain

@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from ._greystore import (
+    SWEEP,
     Limits,
     Row,
     State,
     StoreUnavailable,
     Triple,
     advance,
+    is_litter,
     quote_address,
     write_csv,
 )
@@ -127,6 +129,11 @@ class Greylist:
     *grey_expire* hours after it was first seen, and once passed is remembered until it has not been
     seen for *grey_retain* days.
 
+    Strangers choose the triples, as many as they like. Each new one has a few other records looked
+    at, and those removed that no longer matter (an hour after the times above), so that there are
+    never many more than do; ``clean`` need not be called. How many triples come within
+    *grey_expire* hours is for the MTA's limits to bound (Postfix: ``anvil``).
+
     Objects may be used by many threads and survive a fork; they are context managers, closed at
     the end.  Raises TypeError or ValueError for times that make no sense, OSError or
     ``sqlite3.Error`` for a file that cannot be opened, and ImportError where it is of an old kind
@@ -176,11 +183,21 @@ class Greylist:
             new = advance(old, time.time() + timeinc, self._limits())
             record.firstseen, record.lastseen, record.cnt = new
             self.dbp[key] = record
+            if old is None:
+                self._sweep()
         log.debug("%s %s", key, record)
         return new.cnt
 
+    def _sweep(self) -> None:
+        """Look at the next few records, and remove those that no longer matter."""
+        for key in self._file.next_keys(SWEEP):
+            # Damaged ones are for clean().
+            record = self._record(key)
+            if record is not None and is_litter(_state(record), self._limits()):
+                del self._file[key]
+
     def clean(self, timeinc: float = 0) -> int:
-        """Remove the records not seen for *grey_retain* days; the number of them."""
+        """Remove the records not seen for *grey_retain* days, at once; the number of them."""
         oldest = time.time() + timeinc - self.greylist_retain
         with self._file.transaction():
             # Damaged records have no place in it either.
@@ -217,12 +234,15 @@ class Greylist:
     def _records(self) -> Iterator[tuple[bytes, Record | None]]:
         """The keys with their records, None where one is damaged."""
         for key in self._file:
-            try:
-                text = key.decode()
-                Triple.from_key(text)
-                yield key, self.dbp.find(text)
-            except ValueError:
-                yield key, None
+            yield key, self._record(key)
+
+    def _record(self, key: bytes) -> Record | None:
+        try:
+            text = key.decode()
+            Triple.from_key(text)
+            return self.dbp.find(text)
+        except ValueError:
+            return None
 
 
 def _state(record: Record) -> State:

@@ -48,6 +48,11 @@ class Greylist:
     *grey_expire* hours after it was first seen, and once passed is remembered until it has not been
     seen for *grey_retain* days.
 
+    Strangers choose the triples, as many as they like. Each new one has a few other records looked
+    at, and those removed that no longer matter (an hour after the times above; Redis forgets them
+    by itself), so that there are never many more than do; ``clean`` need not be called. How many triples come within
+    *grey_expire* hours is for the MTA's limits to bound (Postfix: ``anvil``).
+
     Objects may be used by many threads and survive a fork; they are context managers, closed at
     the end.  A server is asked at once whether it is there.  Raises TypeError or ValueError for
     times that make no sense or a URL that is none, ``sqlite3.Error`` for a file that cannot be
@@ -94,7 +99,7 @@ class Greylist:
         return cnt
 
     def clean(self, timeinc: float = 0) -> int:
-        """Remove the records not seen for *grey_retain* days; the number of them."""
+        """Remove the records not seen for *grey_retain* days, at once; the number of them."""
         return self._store.clean(self.greylist_retain, timeinc)
 
     def import_csv(self, fp: Iterable[str]) -> int:
