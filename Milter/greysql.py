@@ -50,8 +50,8 @@ class Greylist:
 
     Strangers choose the triples, as many as they like. Each new one has a few other records looked
     at, and those removed that no longer matter (an hour after the times above; Redis forgets them
-    by itself), so that there are never many more than do; ``clean`` need not be called. How many triples come within
-    *grey_expire* hours is for the MTA's limits to bound (Postfix: ``anvil``).
+    by itself), so that there are never many more than do; ``clean`` need not be called. How many
+    triples come within *grey_expire* hours is for the MTA's limits to bound (Postfix: ``anvil``).
 
     Objects may be used by many threads and survive a fork; they are context managers, closed at
     the end.  A server is asked at once whether it is there.  Raises TypeError or ValueError for
