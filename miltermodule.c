@@ -1342,6 +1342,7 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
     if (atomic_load(&filter.stop_wanted)) {
         filter.phase = STOPPED;
         stop_listening(&local);
+        release_descriptors();
         Py_RETURN_NONE;
     }
     if (before != SOCKET_OPEN && open_socket(state, false) < 0) {

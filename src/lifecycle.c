@@ -261,6 +261,7 @@ after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
             filter.pipe[i] = -1;
         }
     }
+    release_descriptors();
     drop_sockets();
     free(filter.path);
     filter.path = NULL;
@@ -349,6 +350,7 @@ run_filter(module_state *state)
         borrow_wakeup_fd();
     }
     filter.phase = RUNNING;
+    reserve_descriptors();
     started = start_libmilter(state);
     if (started == 0) {
         begin_work();
@@ -360,6 +362,7 @@ run_filter(module_state *state)
         failure = take_exception(); /* what follows must not run with it set */
     }
     return_wakeup_fd();
+    release_descriptors();
     atomic_store(&filter.drained, started == 0);
     give_back_signals();
     filter.phase = started == 0 ? STOPPED : SOCKET_OPEN;

@@ -415,6 +415,44 @@ open_dummy_listener(void)
     return fd;
 }
 
+/* Descriptors for the stop, taken before the filter serves: when it is asked to stop there may be
+ * none left. */
+static int dummy = -1; /* libmilter's listener will sleep on it */
+static int spare = -1; /* its number is for one duplicate at a time */
+
+/* What `spare` stands for while it is not in use. */
+static int
+idle_descriptor(void)
+{
+    return dummy >= 0 ? dummy : filter.pipe[0];
+}
+
+void
+reserve_descriptors(void)
+{
+    dummy = open_dummy_listener();
+    spare = fcntl(idle_descriptor(), F_DUPFD_CLOEXEC, 0);
+}
+
+void
+release_descriptors(void)
+{
+    if (dummy >= 0) {
+        close(dummy);
+    }
+    if (spare >= 0) {
+        close(spare);
+    }
+    dummy = spare = -1;
+}
+
+/* Have `spare` stand for what another descriptor stands for. */
+static bool
+hold_in_spare(int fd)
+{
+    return spare >= 0 && dup2(fd, spare) >= 0 && fcntl(spare, F_SETFD, FD_CLOEXEC) == 0;
+}
+
 void
 remove_unix_socket(void)
 {
@@ -470,19 +508,16 @@ static bool
 end_reading(int fd, void *arg)
 {
     struct stat status;
-    int own = -1;
 
-    /* Sockets only: closing a duplicate of a file would end the process's locks on the file. */
-    if (fstat(fd, &status) == 0 && S_ISSOCK(status.st_mode)) {
-        own = dup(fd); /* the number may be used anew while we look at it */
+    /* Sockets only: closing a duplicate of a file would end the process's locks on the file.  And
+     * a duplicate, as the number may be used anew while we look at it. */
+    if (fd == spare || fstat(fd, &status) < 0 || !S_ISSOCK(status.st_mode) || !hold_in_spare(fd)) {
+        return false;
     }
-
-    if (own >= 0) {
-        if (is_connection(own, arg)) {
-            shutdown(own, SHUT_RD);
-        }
-        close(own);
+    if (is_connection(spare, arg)) {
+        shutdown(spare, SHUT_RD);
     }
+    (void)hold_in_spare(idle_descriptor());
     return false;
 }
 
@@ -544,7 +579,7 @@ poke_listener(void)
 void
 stop_listening(LocalAddress *local)
 {
-    int dummy, old;
+    bool alone;
 
     if (leave_socket(local)) {
         return;
@@ -555,20 +590,19 @@ stop_listening(LocalAddress *local)
         remove_unix_socket();
         return;
     }
-    old = filter.kind == INHERITED_SOCKET || others_listen() ? -1 : dup(filter.listener);
-    dummy = open_dummy_listener();
+    if (spare < 0) {
+        reserve_descriptors(); /* stopped before it has served, or a supervisor */
+    }
+    alone = filter.kind != INHERITED_SOCKET && !others_listen() && hold_in_spare(filter.listener);
     if (dummy >= 0 && dup2(dummy, filter.listener) >= 0) {
         fcntl(filter.listener, F_SETFD, FD_CLOEXEC);
-        shutdown(old, SHUT_RD);
+        if (alone) {
+            shutdown(spare, SHUT_RD);
+        }
         wake_listener();
     }
     remove_unix_socket(); /* while our socket lives, nobody else has its inode */
-    if (dummy >= 0) {
-        close(dummy);
-    }
-    if (old >= 0) {
-        close(old);
-    }
+    (void)hold_in_spare(idle_descriptor());
 }
 
 /* Shut down for reading what was accepted from the listening socket: libmilter still writes

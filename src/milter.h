@@ -298,6 +298,8 @@ bool is_listening(int fd);
 int open_dummy_listener(void);
 int open_socket(module_state *state, bool remove_old);
 void remove_unix_socket(void);
+void reserve_descriptors(void);
+void release_descriptors(void);
 void drop_sockets(void);
 void poke_listener(void);
 void end_connections(LocalAddress *local);

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
 import signal
 import socket
 import sys
@@ -271,6 +273,73 @@ def test_a_connection_between_negotiation_and_hello_is_put_off_too(held, connect
     hold.release()
     assert is_complete(message.result())
     assert filter_.wait() == 0
+
+
+# --- without a descriptor left ---------------------------------------------------------------
+
+
+def has_open(pid, path):
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(descriptor) == path:
+                return True
+    return False
+
+
+def leave_gaps(pid):
+    """Forbid a process numbers beyond those it has; returns what says how many are free."""
+    used = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+    _, most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(used) + 1, most))
+    return lambda: max(used) + 1 - len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sets another process's limits")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("family", ["unix", "inet"])
+def test_a_stop_needs_no_descriptor(
+    held, run_filter, directory, connect, free_port, family, workers
+):
+    """Where the last was taken, and a connection waits for one, it drains as ever."""
+    where = f"inet:{free_port()}@127.0.0.1" if family == "inet" else None
+    if workers:
+        hold = Held(directory, "eom")
+        fifo = hold.options[-1].partition(":")[2]
+        filter_ = run_filter("k_filter", "--hold", fifo, "--workers", str(workers), socket=where)
+        served = [filter_.wait_for(") serves", count + 1) for count in range(workers)]
+        pids = [int(re.search(r"pid (\d+)", line)[1]) for line in served]
+    else:
+        filter_, hold = held("eom", socket=where)
+    message = Sending(connect(filter_))
+    filter_.wait_for("holds in" if workers else "in eom")
+    if not workers:
+        pids = [filter_.pid]
+    fifo = hold.options[-1].partition(":")[2]
+    wait_until(lambda: any(has_open(pid, fifo) for pid in pids), "it does not hold")
+    free = [leave_gaps(pid) for pid in pids]
+    others = []
+    while any(gaps() for gaps in free):
+        others.append(connect(filter_))
+    address = parse_socket(filter_.socket)
+    with socket.socket(address.family) as waiting:
+        waiting.connect(address.address)
+
+        def refused() -> bool:
+            with socket.socket(address.family) as probe:
+                return probe.connect_ex(address.address) != 0
+
+        filter_.process.send_signal(signal.SIGTERM)
+        wait_until(refused, "new connections are still accepted")
+        hold.release()
+        if workers:
+            assert message.result().verdict is Verdict.ACCEPT
+        else:
+            assert is_complete(message.result())
+        for mta in others:
+            mta.expect_close()
+        assert filter_.wait() == 0, filter_.output
+    if not workers:
+        assert filter_.output.count("in close") == 1 + len(others)
 
 
 # --- idle connections, and how long a stop takes --------------------------------------------

@@ -70,6 +70,8 @@ class Telling(Milter.Base):
 
 
 def init(how: str) -> None:
+    if how == "hang":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # before the test can send it
     say("init in", os.getpid(), milter.getdiag()[0])
     atexit.register(say, "exit of", os.getpid())
     if how == "raise":
@@ -81,7 +83,6 @@ def init(how: str) -> None:
     if how == "sleep":
         time.sleep(60)
     if how == "hang":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     if how.startswith("except:"):  # all fail that come after the first so many
         with open(how.partition(":")[2], "ab") as file:
