@@ -725,9 +725,10 @@ find_callback(Call *call)
 
     LOCK_STATE();
     call->callback = Py_XNewRef(state->callbacks[call->stage]);
-    call->direct = call->callback != NULL && call->callback == state->shortcuts[call->stage];
+    call->direct = call->callback != NULL && call->callback == state->shortcuts[call->stage] &&
+                   context->priv != NULL;
     if (call->direct) {
-        first = context->priv != NULL ? context->priv : Py_None;
+        first = context->priv;
     }
     if (call->callback != NULL) {
         call->args[1] = Py_NewRef(first);
@@ -1815,7 +1816,8 @@ CALLBACK_SETTER(close, CLOSE, "ctx")
 
 /* Private to the package Milter.  {callback: function} of functions that do nothing but call
  * the method of that step of ctx.getpriv() with the rest of their arguments: where one of
- * these is what a callback is set to, the method is called without it. */
+ * these is what a callback is set to, and there is such an object, the method is called
+ * without it. */
 static PyObject *
 milter__call_objects(PyObject *module, PyObject *functions)
 {

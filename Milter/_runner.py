@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._base import Address
 
 _seq_lock = threading.Lock()  # applications know it; the extension counts without it
+_attaching = threading.Lock()
 
 
 def uniqueID() -> int:
@@ -37,9 +38,34 @@ def uniqueID() -> int:
 
 
 def _new_filter(ctx: milterContext) -> Any:
-    """Make the connection's filter object and attach it."""
+    """Make the connection's filter object and attach it.
+
+    Raises milter.error where ``Milter.factory`` gives out one that serves another connection: what
+    it did for that one would be done to the mail of this one.
+    """
     filter_object = Milter.factory()
-    filter_object._setctx(ctx)
+    with _attaching:
+        other = getattr(filter_object, "_ctx", None)
+        if other is not None and other.getpriv() is filter_object:
+            raise milter.error(
+                f"factory: the {type(filter_object).__name__} that it returned serves another "
+                "connection; it must make one for each"
+            )
+        filter_object._setctx(ctx)
+    return filter_object
+
+
+def _filter_of(ctx: milterContext) -> Any:
+    """The connection's filter object, which is made here if there was no negotiation.
+
+    sendmail plays further sessions on a connection without negotiating again, and they begin with
+    whatever it was told to send.
+    """
+    filter_object = ctx.getpriv()
+    if filter_object is None:
+        filter_object = _new_filter(ctx)
+        if getattr(ctx, "actions", 0):
+            filter_object._actions, filter_object._protocol = ctx.actions, ctx.protocol
     return filter_object
 
 
@@ -79,12 +105,7 @@ def connect_callback(
     Returns:
         What ``connect`` of the filter object returns.
     """
-    filter_object = ctx.getpriv()
-    if filter_object is None:
-        filter_object = _new_filter(ctx)
-        # sendmail plays further sessions on a connection without negotiating again.
-        if getattr(ctx, "actions", 0):
-            filter_object._actions, filter_object._protocol = ctx.actions, ctx.protocol
+    filter_object = _filter_of(ctx)
     verdict: int = filter_object.connect(hostname, family, hostaddr)
     if verdict == milter.NOREPLY and not filter_object._protocol & nr_mask:
         return milter.CONTINUE
@@ -119,16 +140,16 @@ def close_callback(ctx: milterContext) -> int:
 CALLBACKS: dict[str, Callable[..., Any]] = {
     "negotiate": lambda ctx, opts: Milter.negotiate_callback(ctx, opts),
     "connect": lambda ctx, *args: Milter.connect_callback(ctx, *args),
-    "helo": lambda ctx, hostname: ctx.getpriv().hello(hostname),
-    "envfrom": lambda ctx, *args: ctx.getpriv().envfrom_bytes(*args),
-    "envrcpt": lambda ctx, *args: ctx.getpriv().envrcpt_bytes(*args),
-    "data": lambda ctx: ctx.getpriv().data(),
-    "header": lambda ctx, name, value: ctx.getpriv().header_bytes(name, value),
-    "eoh": lambda ctx: ctx.getpriv().eoh(),
-    "body": lambda ctx, chunk: ctx.getpriv().body(chunk),
-    "eom": lambda ctx: ctx.getpriv().eom(),
-    "abort": lambda ctx: ctx.getpriv().abort(),
-    "unknown": lambda ctx, command: ctx.getpriv().unknown(command),
+    "helo": lambda ctx, hostname: _filter_of(ctx).hello(hostname),
+    "envfrom": lambda ctx, *args: _filter_of(ctx).envfrom_bytes(*args),
+    "envrcpt": lambda ctx, *args: _filter_of(ctx).envrcpt_bytes(*args),
+    "data": lambda ctx: _filter_of(ctx).data(),
+    "header": lambda ctx, name, value: _filter_of(ctx).header_bytes(name, value),
+    "eoh": lambda ctx: _filter_of(ctx).eoh(),
+    "body": lambda ctx, chunk: _filter_of(ctx).body(chunk),
+    "eom": lambda ctx: _filter_of(ctx).eom(),
+    "abort": lambda ctx: _filter_of(ctx).abort(),
+    "unknown": lambda ctx, command: _filter_of(ctx).unknown(command),
     "close": lambda ctx: Milter.close_callback(ctx),
 }
 

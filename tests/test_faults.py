@@ -29,7 +29,7 @@ from conftest import WAIT, python_command
 from lifecycle_support import wait_until
 from wire_support import Session, session
 
-from Milter.mta import MTA, FilterClosed, FilterTimeout, MTAError, Offer, Verdict
+from Milter.mta import MTA, FilterClosed, FilterTimeout, MTAError, Offer, Stage, Verdict
 
 Run = Callable[..., Any]
 MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
@@ -319,16 +319,30 @@ class Lasting(Good):
         raise RuntimeError("in __del__")
 
 made = []
+only = Good()
 
 def factory():
     made.append(None)
-    if len(made) == 1 or {always}:
+    if {wrong}:
         {body}
     return Good()
 
 Milter.factory = factory
 Milter.runmilter("factory", sys.argv[1], 60)
 """
+
+
+def is_good(mta: MTA) -> bool:
+    """The filter takes a message of this connection, with its change."""
+    result = mta.send(MESSAGE, recipients=["<r@example.com>"])
+    return result.accepted and result.message.get_all("X-Good") == ["yes"]
+
+
+def is_refused(running: Any) -> bool:
+    """A new connection does not get a message past the filter."""
+    with contextlib.suppress(FilterClosed), running.mta(offer=Offer()) as mta:
+        return not mta.send(MESSAGE, recipients=["<r@example.com>"]).accepted
+    return True
 
 
 @pytest.mark.parametrize(
@@ -344,21 +358,60 @@ Milter.runmilter("factory", sys.argv[1], 60)
     ],
 )
 def test_a_factory_that_makes_no_filter(run_filter: Run, body: str, logged: str) -> None:
-    """That connection does not get past the filter unseen; the next one is served."""
-    running = run_filter(source=FACTORY.format(body=body, always=False))
-    outcome = None
-    with contextlib.suppress(FilterClosed), running.mta(offer=Offer()) as mta:
-        outcome = mta.send(MESSAGE, recipients=["<r@example.com>"])
-    assert outcome is None or not outcome.accepted
-    running.wait_for(logged)
+    """That connection does not get past the filter unseen; those beside and after it are served."""
+    running = run_filter(source=FACTORY.format(body=body, wrong="len(made) == 2"))
+    with running.mta(offer=Offer()) as beside:
+        beside.greet()
+        assert is_refused(running)
+        running.wait_for(logged)
+        assert is_good(beside)
     with running.mta(offer=Offer()) as mta:
-        assert mta.send(MESSAGE, recipients=["<r@example.com>"]).message["X-Good"] == "yes"
+        assert is_good(mta)
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("body", ["return None", "raise ValueError('no filter')"])
+def test_a_factory_that_fails_for_a_later_session(run_filter: Run, body: str) -> None:
+    """sendmail plays several on a connection: that one is put off, the next is served."""
+    running = run_filter(source=FACTORY.format(body=body, wrong="len(made) == 3"))
+    with running.mta(offer=Offer()) as beside, running.mta(offer=Offer()) as mta:
+        beside.greet()
+        assert is_good(mta)
+        mta.quit_nc()
+        result = mta.send(MESSAGE, recipients=["<r@example.com>"])
+        assert (result.verdict, result.stage) == (Verdict.TEMPFAIL, Stage.EOM)
+        mta.quit_nc()
+        assert is_good(mta)
+        assert is_good(beside)
+    assert running.stop() == 0
+
+
+def test_a_factory_that_returns_one_object_twice(run_filter: Run) -> None:
+    """While it serves a connection another one is refused, and it goes on with the first."""
+    running = run_filter(source=FACTORY.format(body="return only", wrong="len(made) != 3"))
+    with running.mta(offer=Offer()) as first:
+        first.greet()
+        first.mail("<alice@example.com>")
+        first.rcpt("<bob@example.org>")
+        assert is_refused(running)
+        running.wait_for("the Good that it returned serves another connection")
+        with running.mta(offer=Offer()) as other:
+            assert is_good(other)  # with one of its own
+            other.quit_nc()
+            result = other.send(MESSAGE, recipients=["<r@example.com>"])
+            assert result.verdict is Verdict.TEMPFAIL
+        first.eoh()
+        assert [m.name for m in first.eom().modifications] == [b"X-Good"]
+        first.quit_nc()
+        assert is_good(first)  # by the same, which is free again
+    with running.mta(offer=Offer()) as mta:
+        assert is_good(mta)
     assert running.stop() == 0
 
 
 def test_a_filter_whose_end_raises(run_filter: Run) -> None:
     """What __del__ raises is told, and harms nothing."""
-    running = run_filter(source=FACTORY.format(body="return Lasting()", always=True))
+    running = run_filter(source=FACTORY.format(body="return Lasting()", wrong="True"))
     for count in range(1, 4):
         with running.mta(offer=Offer()) as mta:
             assert mta.send(MESSAGE, recipients=["<r@example.com>"]).message["X-Good"] == "yes"
