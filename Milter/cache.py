@@ -222,7 +222,20 @@ class AddrCache:
         with _exclusive(os.fspath(self.fname), os.O_RDWR | os.O_APPEND | os.O_CREAT) as fd:
             size = os.fstat(fd).st_size
             unfinished = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            os.write(fd, b"\n" * unfinished + line)
+            _write_all(fd, size, b"\n" * unfinished + line)
+
+
+def _write_all(fd: int, size: int, data: bytes) -> None:
+    """Append *data* to the file of *size* bytes, or nothing of it.
+
+    A part, as a full disk takes it, would be read as another address, and one that stays for good.
+    """
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        os.ftruncate(fd, size)
+        raise
 
 
 def _lines(fname: str) -> list[str]:

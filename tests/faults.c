@@ -1,6 +1,7 @@
 /*
  * Preloaded into a filter, it makes calls fail on demand: allocations and the creation of threads
- * where libmilter or the module `milter` call for them, writes to files wherever.
+ * where libmilter or the module `milter` call for them, writes to files wherever.  A disk that is
+ * filling up takes half of the first write.  What libmilter sends may be made to take its time.
  *
  * The file that FAULTS names is shared with the test, which says there what is to fail and reads
  * how many such calls there were: see tests/faults.py.
@@ -19,13 +20,17 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define DEPTH 14 /* how many callers are looked at: Python's allocator has some of its own */
 
-enum { NOTHING, ALLOCATIONS, THREADS, WRITES };
+#define SLOW_MICROSECONDS 500000
+
+enum { NOTHING, ALLOCATIONS, THREADS, WRITES, SHORT_WRITES, SLOW_SENDING };
 
 static struct {
     _Atomic int64_t kind;  /* what is to fail */
@@ -154,7 +159,7 @@ fails(int kind)
 
     if (told != NULL && atomic_load(&told->kind) == kind && !inside) {
         inside = true;
-        if (kind == WRITES || is_watched()) {
+        if (kind == WRITES || kind == SHORT_WRITES || is_watched()) {
             int64_t number = atomic_fetch_add(&told->seen, 1) + 1;
             int64_t first = atomic_load(&told->first);
 
@@ -206,32 +211,73 @@ pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*star
 }
 
 static bool
-disk_is_full(int fd)
+is_of(int fd, mode_t type)
 {
     struct stat status;
 
-    if (told == NULL || atomic_load(&told->kind) != WRITES || fstat(fd, &status) != 0 ||
-        !S_ISREG(status.st_mode) || !fails(WRITES)) {
-        return false;
+    return fstat(fd, &status) == 0 && (status.st_mode & S_IFMT) == type;
+}
+
+/* How much of so many bytes there is room for. */
+static ssize_t
+room_for(int fd, size_t size)
+{
+    int64_t kind = told != NULL ? atomic_load(&told->kind) : NOTHING;
+
+    if ((kind != WRITES && kind != SHORT_WRITES) || !is_of(fd, S_IFREG) || !fails((int)kind)) {
+        return (ssize_t)size;
+    }
+    if (kind == SHORT_WRITES && atomic_load(&told->seen) == atomic_load(&told->first) && size > 1) {
+        return (ssize_t)size / 2;
     }
     errno = ENOSPC;
-    return true;
+    return -1;
+}
+
+static void
+take_time(int fd)
+{
+    if (told != NULL && atomic_load(&told->kind) == SLOW_SENDING && is_of(fd, S_IFSOCK) &&
+        fails(SLOW_SENDING)) {
+        usleep(SLOW_MICROSECONDS);
+    }
 }
 
 ssize_t
 write(int fd, const void *data, size_t size)
 {
     ssize_t (*next)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
+    ssize_t room = room_for(fd, size);
 
-    return disk_is_full(fd) ? -1 : next(fd, data, size);
+    take_time(fd);
+    return room < 0 ? -1 : next(fd, data, (size_t)room);
+}
+
+ssize_t
+writev(int fd, const struct iovec *parts, int count)
+{
+    ssize_t (*next)(int, const struct iovec *, int) = dlsym(RTLD_NEXT, "writev");
+
+    take_time(fd);
+    return next(fd, parts, count);
+}
+
+ssize_t
+send(int fd, const void *data, size_t size, int flags)
+{
+    ssize_t (*next)(int, const void *, size_t, int) = dlsym(RTLD_NEXT, "send");
+
+    take_time(fd);
+    return next(fd, data, size, flags);
 }
 
 ssize_t
 pwrite64(int fd, const void *data, size_t size, off64_t offset)
 {
     ssize_t (*next)(int, const void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pwrite64");
+    ssize_t room = room_for(fd, size);
 
-    return disk_is_full(fd) ? -1 : next(fd, data, size, offset);
+    return room < 0 ? -1 : next(fd, data, (size_t)room, offset);
 }
 
 ssize_t

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ALLOCATIONS, THREADS, WRITES = 1, 2, 3
+ALLOCATIONS, THREADS, WRITES, SHORT_WRITES, SLOW_SENDING = 1, 2, 3, 4, 5
 ALWAYS = 1 << 40  # calls
 _LAYOUT = struct.Struct("@4q")
 

@@ -12,6 +12,9 @@ test_wire_callbacks; a killed filter behind real MTAs, integration/test_crash.
 from __future__ import annotations
 
 import contextlib
+import csv
+import importlib
+import io
 import os
 import resource
 import signal
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import faults
 import pytest
@@ -29,7 +33,7 @@ from conftest import WAIT, python_command
 from lifecycle_support import wait_until
 from wire_support import Session, session
 
-from Milter.mta import MTA, FilterClosed, FilterTimeout, MTAError, Offer, Stage, Verdict
+from Milter.mta import MTA, FilterClosed, FilterTimeout, MTAError, Offer, Result, Stage, Verdict
 
 Run = Callable[..., Any]
 MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
@@ -132,62 +136,89 @@ def test_no_descriptor_left(run_filter: Run) -> None:
 
 # --- the disk ----------------------------------------------------------------------------------
 
+# A filter that asks the store that it is given for each recipient but one.
 DISK = """
-import os, sqlite3, sys
-sys.path.insert(0, sys.argv[1])
-import faults
+import sys
+import Milter
 from Milter.cache import AddrCache
-from Milter.greylist import Greylist
 
-tell = faults.Told(os.environ["FAULTS"])
-directory = sys.argv[2]
-cache = AddrCache(fname=directory + "/cache")
-cache["before@example.com"] = None
-grey = Greylist(directory + "/grey", 0, 1, 1)
-grey.check("192.0.2.1", "<before@example.com>", "<b@example.org>")
+directory, store = sys.argv[2:]
+if store == "cache":
+    cache = AddrCache(fname=directory + "/cache")
+    def check(sender, recipient):
+        cache[sender.strip("<>")] = None
+elif store == "shelf":
+    from Milter.greylist import Greylist
+else:
+    from Milter.greysql import Greylist
+if store != "cache":
+    grey = Greylist(directory + "/grey", 0, 1, 1)
+    def check(sender, recipient):
+        grey.check("192.0.2.1", sender, recipient)
 
-tell.arm(faults.WRITES, 1, faults.ALWAYS)
-for name, call in [
-    ("cache", lambda: cache.__setitem__("during@example.com", None)),
-    ("grey", lambda: grey.check("192.0.2.1", "<during@example.com>", "<b@example.org>")),
-]:
-    try:
-        call()
-    except (OSError, sqlite3.Error) as exc:
-        print(name, "refused")
-    else:
-        print(name, "went on")
-tell.disarm()
-print("calls", tell.seen)
-cache["after@example.com"] = None
-grey.check("192.0.2.1", "<after@example.com>", "<b@example.org>")
-grey.close()
+class Checking(Milter.Base):
+    def envfrom(self, sender, *params):
+        self.sender = sender
+        return Milter.CONTINUE
 
-again = AddrCache(fname=directory + "/cache")
-again.load(directory + "/cache")
-print("kept", again.has_key("before@example.com"), again.has_key("after@example.com"))
-with Greylist(directory + "/grey", 0, 1, 1) as grey:
-    for name in ("before", "after"):
-        print(name, grey.check("192.0.2.1", f"<{name}@example.com>", "<b@example.org>"))
+    def envrcpt(self, recipient, *params):
+        if recipient != "<postmaster@example.org>":
+            check(self.sender, recipient)
+        return Milter.CONTINUE
+
+Milter.factory = Checking
+Milter.runmilter("disk", sys.argv[1], 60)
 """
 
 
+def names_in(directory: Path, store: str) -> list[str]:
+    """The senders that the store knows, as somebody reads it who comes later."""
+    if store == "cache":
+        lines = (directory / "cache").read_text().splitlines()
+        assert all(len(line.split()) == 4 for line in lines), lines
+        return [line.split("@")[0] for line in lines]
+    module = importlib.import_module("Milter.greylist" if store == "shelf" else "Milter.greysql")
+    with module.Greylist(directory / "grey", 0, 1, 1) as grey:
+        table = io.StringIO()
+        grey.export_csv(table)
+    rows = list(csv.reader(table.getvalue().splitlines()))
+    assert all(int(row[5]) == 0 for row in rows), rows
+    return sorted(unquote(row[1]).split("@")[0].strip("<>") for row in rows)
+
+
 @needs_faults
-def test_a_full_disk(faulty: faults.Faults, directory: Path) -> None:
-    """What was written stays whole, and what comes after is written again."""
-    done = subprocess.run(
-        [*python_command(), "-c", DISK, str(Path(__file__).parent), str(directory)],
-        env={**os.environ, **faulty.env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert int(said["calls"]) > 0
-    assert said["grey"] == "refused"
-    assert said["kept"] == "True True"
-    assert {"before", "after"} <= set(said)
+@pytest.mark.parametrize("kind", ["full", "filling"])
+@pytest.mark.parametrize("store", ["cache", "shelf", "sqlite"])
+def test_a_full_disk(
+    run_filter: Run, faulty: faults.Faults, directory: Path, store: str, kind: str
+) -> None:
+    """The message that has to be noted is put off and leaves no trace; others that need no disk are
+    served beside it; and once there is room the next is noted, beside what was there.
+    """
+    running = run_filter(None, str(directory), store, source=DISK, env=faulty.env)
+
+    def attempt(mta: MTA, sender: str, recipient: str = "bob") -> Result:
+        return mta.send(
+            MESSAGE, sender=f"<{sender}@example.com>", recipients=[f"<{recipient}@example.org>"]
+        )
+
+    with running.mta(offer=Offer()) as mta, running.mta(offer=Offer()) as beside:
+        assert attempt(mta, "before").accepted
+        beside.greet()
+        beside.mail("<alice@example.com>")
+        with faulty.failing(
+            faults.WRITES if kind == "full" else faults.SHORT_WRITES, 1, faults.ALWAYS
+        ):
+            result = attempt(mta, "during")
+            assert beside.rcpt("<postmaster@example.org>").verdict is Verdict.CONTINUE
+            assert beside.eom().verdict is Verdict.CONTINUE
+        assert faulty.seen > 0
+        assert (result.verdict, result.stage) == (Verdict.TEMPFAIL, Stage.RCPT)
+        assert result.smtp is not None and result.smtp.code == 451
+        assert attempt(mta, "later").accepted
+    assert "Error" in running.output
+    assert running.stop() == 0
+    assert names_in(directory, store) == ["before", "later"]
 
 
 # --- MTAs that stop, trickle or vanish ---------------------------------------------------------
