@@ -136,6 +136,13 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture
+def public(directory: Path) -> Path:
+    """A directory in which every user may make sockets."""
+    directory.chmod(0o777)
+    return directory
+
+
+@pytest.fixture
 def unix_socket(directory: Path) -> Callable[[], str]:
     """Makes names for unix sockets: each call gives a new one, 'unix:PATH'."""
     numbers = itertools.count()

@@ -11,11 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from Milter.mta import MTA, MTAError, Result
 
 WAIT = 20.0  # seconds: the bound of every wait, far above what a loaded machine needs
 MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
 RECIPIENTS = ["<r@example.com>"]
+NOBODY = 65534
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+#: Options of a filter that runs as whoever runs the tests, and as somebody without privileges:
+#: only there libmilter itself removes sockets.
+USERS = [
+    pytest.param((), id="self"),
+    pytest.param(("--uid", str(NOBODY)), marks=as_root, id="user"),
+]
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

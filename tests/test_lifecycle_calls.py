@@ -14,7 +14,7 @@ from Milter.mta import NegotiationError, Verdict
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lifecycle_support import MESSAGE, RECIPIENTS, Held, Sending, gone, path_of
+from lifecycle_support import MESSAGE, RECIPIENTS, USERS, Held, Sending, gone, path_of
 
 
 @pytest.fixture
@@ -238,16 +238,19 @@ def test_a_filter_can_become_a_daemon_once_its_socket_is_open(scenario):
             os.kill(child, signal.SIGKILL)
 
 
-def test_forked_children_leave_the_filter_and_its_socket_alone(scenario):
-    filter_ = scenario("fork-without-main")
+@pytest.mark.parametrize("user", USERS)
+def test_forked_children_leave_the_filter_and_its_socket_alone(run_filter, public, user):
+    path = public / "s"
+    filter_ = run_filter("l_calls", "fork-without-main", *user, socket=f"unix:{path}")
     filter_.wait_for("child: 0")
+    before = path.stat().st_ino
     begin = time.monotonic()
     assert send(filter_).verdict is Verdict.ACCEPT
     filter_.wait_for("child: 0", 2)
     os.kill(filter_.pid, signal.SIGUSR1)
     filter_.wait_for("child: 0", 3)
     assert time.monotonic() - begin < 5
-    assert os.path.exists(path_of(filter_.socket))
+    assert path.stat().st_ino == before
     assert send(filter_).verdict is Verdict.ACCEPT
     assert filter_.stop() == 0
     assert filter_.output.count("child: 0") == 5

@@ -18,6 +18,7 @@ from Milter.mta import FilterClosed, Stage, Verdict, parse_socket
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import faults
 from lifecycle_support import MESSAGE, Held, Sending, at_once, end, gone, idle, wait_until
 
 main_thread = pytest.mark.parametrize(
@@ -104,6 +105,23 @@ def test_a_message_in_progress_ends_whole(held, connect, callback, where):
     assert "in close" in filter_.output
     assert "after runmilter" in filter_.output
     assert "in abort" not in filter_.output
+
+
+@pytest.mark.skipif(not faults.possible(), reason="system calls cannot be made slow here")
+def test_the_drain_waits_for_the_reply_and_not_for_the_callback(held, connect, tmp_path):
+    """libmilter writes it after the callback has returned, here half a second after."""
+    slow = faults.Faults(tmp_path)
+    slow.env.pop("PYTHONMALLOC", None)
+    filter_, hold = held("eom", env=slow.env)
+    message = Sending(connect(filter_))
+    filter_.wait_for("in eom")
+    os.kill(filter_.pid, signal.SIGTERM)
+    gone(filter_.socket)
+    with slow.failing(faults.SLOW_SENDING, 1, faults.ALWAYS):
+        hold.release()
+        assert is_complete(message.result())
+        assert filter_.wait() == 0
+    assert slow.seen > 0
 
 
 def test_a_message_between_two_steps_ends_whole(run_filter, connect):

@@ -16,23 +16,22 @@ from Milter.mta import parse_socket
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lifecycle_support import MESSAGE, RECIPIENTS, end, path_of, wait_until
-
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+from lifecycle_support import (
+    MESSAGE,
+    NOBODY,
+    RECIPIENTS,
+    USERS,
+    as_root,
+    end,
+    path_of,
+    wait_until,
+)
 
 
 @pytest.fixture
 def opened(run_filter):
     """Starts a filter that says how the opening of its socket went."""
     return lambda name=None, *options: run_filter("l_socket", *options, socket=name)
-
-
-@pytest.fixture
-def public(directory):
-    """A directory in which every user may make sockets."""
-    directory.chmod(0o777)
-    return directory
 
 
 def works(filter_, where=None):
@@ -124,12 +123,6 @@ def test_an_unprivileged_filter_removes_its_socket(opened, public):
     assert (public / "s").stat().st_uid == NOBODY
     assert filter_.stop() == 0
     assert not (public / "s").exists()
-
-
-USERS = [
-    pytest.param((), id="root"),
-    pytest.param(("--uid", str(NOBODY)), marks=as_root, id="user"),
-]
 
 
 @pytest.mark.parametrize("user", USERS)

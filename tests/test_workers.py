@@ -18,7 +18,16 @@ from Milter.mta import FilterClosed, FilterUnreachable, MTAError, Verdict
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lifecycle_support import MESSAGE, RECIPIENTS, WAIT, Held, Sending, at_once, wait_until
+from lifecycle_support import (
+    MESSAGE,
+    RECIPIENTS,
+    USERS,
+    WAIT,
+    Held,
+    Sending,
+    at_once,
+    wait_until,
+)
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="looks into /proc, and at how accepts are spread"
@@ -369,14 +378,19 @@ def test_while_others_serve_it_does_not_give_up(run_filter, directory):
     assert at_once(time.monotonic() - took)
 
 
-def test_a_worker_may_be_stopped_alone(run_filter):
-    filter_ = run_filter("k_filter")
+@pytest.mark.parametrize("user", USERS)
+def test_a_worker_may_be_stopped_alone(run_filter, public, user):
+    path = public / "s"
+    filter_ = run_filter("k_filter", *user, socket=f"unix:{path}")
     pids = workers_of(filter_, 2)
+    before = path.stat().st_ino
     os.kill(pids[0], signal.SIGTERM)
     filter_.wait_for(f"(pid {pids[0]}) ended with status 0; a new one is started now")
+    assert path.stat().st_ino == before  # it is for the supervisor to remove
     assert pids[1] in workers_of(filter_, 2)
     assert send(filter_).accepted
     assert filter_.stop() == 0, filter_.output
+    assert not path.exists()
 
 
 # --- stopping ---------------------------------------------------------------------------------

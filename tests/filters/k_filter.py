@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib
 import logging
 import os
 import random
@@ -112,7 +113,14 @@ def main() -> None:
     parser.add_argument("--handle", nargs=2, action="append", default=[])
     parser.add_argument("--thread", action="store_true")
     parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--uid", type=int)
     options = parser.parse_args()
+    if options.uid:
+        # That user may not be able to read what is imported later.
+        for name in ("_socket_setup", "_workers"):
+            importlib.import_module(f"Milter.{name}")
+        os.setgid(options.uid)
+        os.setuid(options.uid)
     logging.basicConfig(level="INFO", format="%(process)d %(name)s %(levelname)s %(message)s")
     for name, action in options.handle:
         handle(name, action)

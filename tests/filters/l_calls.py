@@ -1,4 +1,4 @@
-"""Calls in and out of order: l_calls.py SOCKET SCENARIO.
+"""Calls in and out of order: l_calls.py SOCKET SCENARIO [--uid NUMBER].
 
 Each scenario says a line for what each call did: its result, or the exception and its text.
 """
@@ -248,4 +248,7 @@ for _stage in (
 SCENARIOS["exit-text"] = raise_in("eom", SystemExit("a last word"))
 
 if __name__ == "__main__":
+    if sys.argv[3:4] == ["--uid"]:
+        os.setgid(int(sys.argv[4]))
+        os.setuid(int(sys.argv[4]))
     SCENARIOS[sys.argv[2]](sys.argv[1])
