@@ -334,6 +334,59 @@ def test_an_mta_that_goes_while_a_change_is_written(run_filter: Run) -> None:
     passes(running)
 
 
+# --- children ----------------------------------------------------------------------------------
+
+FORK = """
+import os, sys
+child = os.fork()
+if child == 0:
+    {does}
+    return milter.REJECT
+say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+{then}
+"""
+
+
+@pytest.mark.parametrize("stage", ["header", "eom"])
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [
+        ("pass", 0),
+        ("1/0", 1),
+        ("raise RecursionError", 1),
+        ("sys.exit(5)", 5),
+        ("raise KeyboardInterrupt", 1),
+        ("attempt(lambda: ctx.addheader('X-Child', 'x'))", 0),
+        ("attempt(lambda: ctx.replacebody(b'child'))", 0),
+        ("attempt(lambda: ctx.progress())", 0),
+    ],
+)
+def test_a_child_that_a_callback_forks(run_filter: Run, stage: str, does: str, status: int) -> None:
+    """It ends there as a program does; the message has the parent's reply, once, and the parent's
+    change; the connection beside it and the filter go on.
+    """
+    running = run_filter("w_scripted")
+    then = "ctx.addheader('X-Parent', 'x')" if stage == "eom" else ""
+    bodies = {stage: FORK.format(does=does, then=then)}
+    with session(running) as beside:
+        beside.envelope()
+        with session(running, **bodies) as each:
+            reply = each.message()
+            assert reply.verdict is Verdict.CONTINUE
+            assert [m.name for m in reply.modifications] == [b"X-Parent"] * (stage == "eom")
+            each.mta.expect_nothing()
+            assert each.mta.mail("<carol@example.org>").verdict is Verdict.CONTINUE
+            each.mta.abort()
+        said = each.said()
+        assert ("ended", status) in said
+        raised = [word[2] for word in said if word[0] == "raised"]
+        assert len(raised) == ("attempt" in does)
+        assert all("this process is a fork of the filter" in text for text in raised)
+        assert beside.content().verdict is Verdict.CONTINUE
+    assert running.stop() == 0
+    assert "main returned" in running.output
+
+
 # --- applications that do wrong ----------------------------------------------------------------
 
 FACTORY = """

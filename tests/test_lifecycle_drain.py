@@ -432,6 +432,36 @@ def test_a_callback_that_spins_is_left_behind(run_filter, connect):
     assert isinstance(message.outcome(), FilterClosed)
 
 
+@pytest.mark.parametrize("what", ["hold", "spin"])
+def test_others_end_well_beside_a_callback_that_never_returns(run_filter, directory, connect, what):
+    hold = Held(directory, "header")
+    options = hold.options if what == "hold" else ("--at", "header", "spin")
+    with contextlib.closing(hold):
+        filter_ = run_filter("l_filter", "--drain", "4", *options)
+        stuck = Sending(connect(filter_))
+        filter_.wait_for("in header")
+        other, idler = connect(filter_), connect(filter_)
+        for mta in (other, idler):
+            mta.greet()
+        other.mail("<s@example.com>")
+        other.rcpt("<r@example.com>")
+        begin = time.monotonic()
+        os.kill(filter_.pid, signal.SIGTERM)
+        gone(filter_.socket)
+        other.eoh()  # no header: it does not come where the first is
+        other.body(b"body\r\n")
+        reply = other.eom()
+        assert reply.verdict is Verdict.ACCEPT
+        assert len(reply.modifications) == 4
+        for mta in (other, idler):
+            mta.expect_close()
+        assert filter_.wait() == 0
+        assert 4 <= time.monotonic() - begin < 12
+        assert filter_.output.count("in close") == 2
+        assert "1 messages still in progress" in filter_.output
+        assert isinstance(stuck.outcome(), FilterClosed)
+
+
 def test_no_time_to_drain_cuts_at_once(run_filter, connect):
     filter_ = run_filter("l_filter", "--drain", "0")
     mta = connect(filter_)
