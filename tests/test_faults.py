@@ -1,8 +1,8 @@
 """What goes wrong around a filter and inside it, and what becomes then of the connection, of its
 message, and of the others.
 
-Beside what is here: memory, test_faults_memory; exceptions at each stage, test_wire_exceptions,
-test_wire_verdicts, test_wire_noreply and test_objects_wire; sys.exit() and KeyboardInterrupt,
+Beside what is here: memory, test_faults_memory; more of exceptions at each stage,
+test_wire_exceptions, test_wire_verdicts, test_wire_noreply and test_objects_wire; sys.exit() and KeyboardInterrupt,
 test_lifecycle_calls; a callback that does not return while the filter is stopped,
 test_lifecycle_drain; the program's end with live connections, test_lifecycle_exit; fork in a
 callback, test_lifecycle_calls and test_lifecycle_signals; a context that is closed,
@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -30,10 +31,20 @@ from urllib.parse import unquote
 import faults
 import pytest
 from conftest import WAIT, python_command
-from lifecycle_support import wait_until
+from lifecycle_support import Held, gone, wait_until
 from wire_support import Session, session
 
-from Milter.mta import MTA, FilterClosed, FilterTimeout, MTAError, Offer, Result, Stage, Verdict
+from Milter.mta import (
+    MTA,
+    FilterClosed,
+    FilterTimeout,
+    MTAError,
+    Offer,
+    Result,
+    Stage,
+    Step,
+    Verdict,
+)
 
 Run = Callable[..., Any]
 MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
@@ -292,27 +303,51 @@ def test_half_open_connections(run_filter: Run, half: int | None) -> None:
 
 
 def test_a_byte_now_and_then(run_filter: Run) -> None:
-    """Commands that come byte by byte hold up nobody else, and are answered in the end."""
+    """Commands that come byte by byte hold up nobody else, and are answered, up to the verdict."""
     running = run_filter("w_scripted")
     over = threading.Event()
+    failed: list[BaseException] = []
 
     def others() -> None:
-        while not over.is_set():
-            passes(running)
+        try:
+            while not over.is_set():
+                passes(running)
+        except BaseException as exc:  # noqa: BLE001 - for the thread that waits
+            failed.append(exc)
 
+    commands = [
+        (b"H", b"client.example.com\0"),
+        (b"M", b"<alice@example.com>\0"),
+        (b"R", b"<bob@example.org>\0"),
+        (b"T", b""),
+        (b"L", b"Subject\0hello\0"),
+        (b"N", b""),
+        (b"B", b"text\r\n"),
+        (b"E", b""),
+    ]
     with running.mta(offer=Offer()) as mta:
-        mta.connect_info("client.example.com")
+        eom = "ctx.addheader('X-Slow', 'yes'); return milter.ACCEPT"
+        each = Session(running, mta, {"eom": eom})
+        each.connect()
         busy = threading.Thread(target=others)
         busy.start()
         try:
-            for byte in b"\0\0\0\x0dHx.example.com\0"[:16]:
-                mta.send_raw(bytes([byte]))
+            for command, data in commands:
+                *packet, last = struct.pack("!I", len(data) + 1) + command + data
+                for byte in packet:
+                    mta.send_raw(bytes([byte]))
                 passes(running)  # a whole message of another one meanwhile
-            mta.send_raw(b"\0")
-            assert mta.read_packet().command == b"c"
+                mta.send_raw(bytes([last]))
+                answer = mta.read_packet()
+                if command == b"E":
+                    assert (answer.command, answer.data) == (b"h", b"X-Slow\0yes\0")
+                    answer = mta.read_packet()
+                assert answer.command == (b"a" if command == b"E" else b"c")
         finally:
             over.set()
             busy.join(WAIT)
+    assert failed == []
+    each.settle()
 
 
 def test_an_mta_that_goes_while_a_change_is_written(run_filter: Run) -> None:
@@ -495,12 +530,70 @@ def test_a_factory_that_returns_one_object_twice(run_filter: Run) -> None:
 
 def test_a_filter_whose_end_raises(run_filter: Run) -> None:
     """What __del__ raises is told, and harms nothing."""
-    running = run_filter(source=FACTORY.format(body="return Lasting()", wrong="True"))
-    for count in range(1, 4):
-        with running.mta(offer=Offer()) as mta:
-            assert mta.send(MESSAGE, recipients=["<r@example.com>"]).message["X-Good"] == "yes"
-        running.wait_for("RuntimeError: in __del__", count)
+    running = run_filter(source=FACTORY.format(body="return Lasting()", wrong="len(made) > 1"))
+    with running.mta(offer=Offer()) as beside:
+        beside.greet()
+        beside.mail("<alice@example.com>")
+        for count in range(1, 4):
+            with running.mta(offer=Offer()) as mta:
+                assert is_good(mta)
+            running.wait_for("RuntimeError: in __del__", count)
+        beside.rcpt("<bob@example.org>")
+        assert [m.name for m in beside.eom().modifications] == [b"X-Good"]
     assert running.stop() == 0
+
+
+@pytest.mark.parametrize("stage", ["unknown", "abort", "close"])
+def test_an_exception_between_messages(run_filter: Run, stage: str) -> None:
+    """It costs no message, neither of its connection nor of the one beside it."""
+    running = run_filter("w_scripted")
+    with session(running) as beside:
+        beside.envelope()
+        with session(running, **{stage: "raise ValueError(tag)"}) as each:
+            each.connect()
+            each.mta.unknown("XBOGUS")
+            each.mta.mail("<alice@example.com>")
+            each.mta.abort()
+            each.transaction()
+            assert each.content().verdict is Verdict.CONTINUE
+        running.wait_for(f"ValueError: {each.tag}")
+        assert beside.content().verdict is Verdict.CONTINUE
+
+
+def test_an_exception_in_negotiate(run_filter: Run) -> None:
+    """That connection has no filter; the one beside it and the next have theirs."""
+    negotiate = "milter.n = getattr(milter, 'n', 0) + 1\nif milter.n == 2: 1/0\n"
+    running = run_filter("w_scripted", "", negotiate + "args[0][1] &= milter.P_SKIP")
+    with session(running) as beside:
+        beside.envelope()
+        with pytest.raises(FilterClosed):
+            running.mta()
+        running.wait_for("ZeroDivisionError")
+        passes(running)
+        assert beside.content().verdict is Verdict.CONTINUE
+
+
+def test_an_exit_in_a_step_without_reply(run_filter: Run) -> None:
+    """The filter drains: the next step of that message brings the verdict that is owed, and the
+    message beside it ends whole.
+    """
+    running = run_filter("w_scripted", "", f"args[0][1] &= milter.P_SKIP | {int(Step.NR_HDR)}")
+    with running.mta(offer=Offer()) as mta, running.mta(offer=Offer()) as other:
+        leaving = Session(running, mta, {"header": "raise SystemExit(3)"})
+        beside = Session(running, other, {"eom": "ctx.addheader('X-Whole', 'yes')"})
+        for each in (leaving, beside):
+            each.envelope()
+        assert mta.header("Subject", "hello").verdict is Verdict.NO_REPLY
+        gone(running.socket)
+        reply = mta.eoh()
+        assert reply.verdict is Verdict.TEMPFAIL
+        assert reply.smtp is not None and (reply.smtp.code, reply.smtp.xcode) == (451, "4.3.0")
+        assert [m.name for m in beside.content().modifications] == [b"X-Whole"]
+        for each in (leaving, beside):
+            each.mta.expect_close()
+            each.mta.close()
+            each.settle()
+    assert running.wait() == 3
 
 
 def test_actions_on_the_context_of_another_connection(run_filter: Run) -> None:
@@ -516,13 +609,34 @@ def test_actions_on_the_context_of_another_connection(run_filter: Run) -> None:
         acting = Session(running, second, {"eom": eom})
         reply = acting.message()
         assert [m.name for m in reply.modifications] == [b"X-Right"]
-        for count in (1, 2):
-            assert acting.next(count)[0] == "raised"
+        for count, rule in enumerate(["in the eom callback"] * 2 + ["while a callback"], 1):
+            raised, _, text = acting.next(count)
+            assert raised == "raised"
+            assert f"only allowed {rule}" in text
         reply = kept.content()
         assert reply.verdict is Verdict.CONTINUE
         assert reply.modifications == ()
     for each in (kept, acting):
         each.settle()
+
+
+def test_actions_on_a_context_that_is_in_its_eom_too(run_filter: Run, directory: Path) -> None:
+    """They change the message of that connection and no other."""
+    running = run_filter("w_scripted")
+    with contextlib.closing(Held(directory, "eom")) as hold:
+        fifo = hold.options[-1].partition(":")[2]
+        kept = "milter.other = ctx; say('in eom'); open({fifo!r}, 'rb', 0).read(1)"
+        acting = "milter.other.addheader('X-Other', 'x'); ctx.addheader('X-Own', 'x')"
+        with session(running, eom=kept.format(fifo=fifo)) as first:
+            first.envelope()
+            first.mta.eoh()
+            first.mta.send_packet(b"E")
+            assert first.next() == ("in eom",)
+            with session(running, eom=acting) as second:
+                assert [m.name for m in second.message().modifications] == [b"X-Own"]
+            hold.release()
+            assert first.mta.read_packet().data == b"X-Other\0x\0"
+            assert first.mta.read_packet().command == b"c"
 
 
 def test_a_context_that_another_connection_has_left(run_filter: Run) -> None:
