@@ -48,7 +48,20 @@ def open_and_look(remove):
         made = os.stat(sys.argv[1].partition(":")[2])
         print(f"made with {made.st_mode & 0o777:04o}", flush=True)
 
+def tell_of(call):
+    def tell(path, *args, **options):
+        def look(when):
+            made = os.stat(path)
+            print(f"{when} {call.__name__}: {made.st_mode & 0o777:04o} {made.st_uid} {made.st_gid}",
+                  flush=True)
+
+        look("before")
+        call(path, *args, **options)
+        look("after")
+    return tell
+
 milter.opensocket = open_and_look
+os.chown, os.chmod = tell_of(os.chown), tell_of(os.chmod)
 Milter.factory = Seen
 options = eval(sys.argv[2])
 try:
@@ -128,6 +141,21 @@ def test_the_group_is_given_by_name(serve: Run, directory: Path) -> None:
     status = (directory / "s").stat()
     assert (status.st_uid, status.st_gid) == (0, grp.getgrnam("daemon").gr_gid)
     assert stat.S_IMODE(status.st_mode) == 0o660
+
+
+@root_only
+def test_there_is_no_moment_in_which_others_could_connect(serve: Run) -> None:
+    """Owner and group change while nobody else has access, and the mode is the last to change."""
+    filter_ = serve("{'user': 'nobody', 'socket_group': 'daemon', 'socket_mode': 0o660}")
+    connect(filter_)
+    final = f"{pwd.getpwnam('nobody').pw_uid} {grp.getgrnam('daemon').gr_gid}"
+    told = [line for line in filter_.output.split("\n") if re.match("(before|after) ch", line)]
+    assert told == [
+        "before chown: 0600 0 0",
+        f"after chown: 0600 {final}",
+        f"before chmod: 0600 {final}",
+        f"after chmod: 0660 {final}",
+    ]
 
 
 # --- giving up root ----------------------------------------------------------------------------
