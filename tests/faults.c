@@ -1,7 +1,8 @@
 /*
  * Preloaded into a filter, it makes calls fail on demand: allocations and the creation of threads
- * where libmilter or the module `milter` call for them, writes to files wherever.  A disk that is
- * filling up takes half of the first write.  What libmilter sends may be made to take its time.
+ * where libmilter or the module `milter` call for them (or the latter alone, in its main thread),
+ * processes and writes to files wherever.  A disk that is filling up takes half of the first write.
+ * What libmilter sends may be made to take its time.
  *
  * The file that FAULTS names is shared with the test, which says there what is to fail and reads
  * how many such calls there were: see tests/faults.py.
@@ -30,7 +31,16 @@
 
 #define SLOW_MICROSECONDS 500000
 
-enum { NOTHING, ALLOCATIONS, THREADS, WRITES, SHORT_WRITES, SLOW_SENDING };
+enum {
+    NOTHING,
+    ALLOCATIONS,
+    THREADS,
+    WRITES,
+    SHORT_WRITES,
+    SLOW_SENDING,
+    THREADS_OF_MAIN,
+    PROCESSES,
+};
 
 static struct {
     _Atomic int64_t kind;  /* what is to fail */
@@ -159,7 +169,7 @@ fails(int kind)
 
     if (told != NULL && atomic_load(&told->kind) == kind && !inside) {
         inside = true;
-        if (kind == WRITES || kind == SHORT_WRITES || is_watched()) {
+        if (kind == WRITES || kind == SHORT_WRITES || kind == PROCESSES || is_watched()) {
             int64_t number = atomic_fetch_add(&told->seen, 1) + 1;
             int64_t first = atomic_load(&told->first);
 
@@ -207,7 +217,22 @@ pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*star
     int (*next)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *) =
         dlsym(RTLD_NEXT, "pthread_create");
 
-    return fails(THREADS) ? EAGAIN : next(thread, attributes, start, argument);
+    if (fails(THREADS) || (getpid() == gettid() && fails(THREADS_OF_MAIN))) {
+        return EAGAIN;
+    }
+    return next(thread, attributes, start, argument);
+}
+
+pid_t
+fork(void)
+{
+    pid_t (*next)(void) = dlsym(RTLD_NEXT, "fork");
+
+    if (fails(PROCESSES)) {
+        errno = EAGAIN;
+        return -1;
+    }
+    return next();
 }
 
 static bool

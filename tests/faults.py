@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ALLOCATIONS, THREADS, WRITES, SHORT_WRITES, SLOW_SENDING = 1, 2, 3, 4, 5
+ALLOCATIONS, THREADS, WRITES, SHORT_WRITES, SLOW_SENDING, THREADS_OF_MAIN, PROCESSES = range(1, 8)
 ALWAYS = 1 << 40  # calls
 _LAYOUT = struct.Struct("@4q")
 

@@ -18,6 +18,7 @@ from Milter.mta import FilterClosed, FilterUnreachable, MTAError, Verdict
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import faults
 from lifecycle_support import (
     MESSAGE,
     RECIPIENTS,
@@ -376,6 +377,38 @@ def test_while_others_serve_it_does_not_give_up(run_filter, directory):
     took = time.monotonic()
     assert filter_.stop() == 0  # in the pause
     assert at_once(time.monotonic() - took)
+
+
+@pytest.mark.skipif(not faults.possible(), reason="system calls cannot be made to fail here")
+@pytest.mark.parametrize(
+    ("kind", "first", "told"),
+    [
+        (faults.PROCESSES, 1, r"worker 1 cannot be started: .*; next attempt in"),
+        (faults.THREADS_OF_MAIN, 1, r"worker 1 \(pid \d+\) ended with status 1; a new one"),
+        # The one that watches the supervisor: without it the worker serves nobody.
+        (faults.THREADS_OF_MAIN, 2, r"worker 1 \(pid \d+\) ended with status 0; a new one"),
+    ],
+    ids=["process", "libmilter", "porter"],
+)
+def test_a_worker_that_lacks_a_process_or_a_thread(run_filter, tmp_path, where, kind, first, told):
+    """It is started again until it can be; the other one serves meanwhile."""
+    faulty = faults.Faults(tmp_path)
+    faulty.env.pop("PYTHONMALLOC", None)
+    filter_ = run_filter("k_filter", socket=where, env=faulty.env)
+    first_pid = int(re.search(r"pid (\d+)", filter_.wait_for("worker 1 (pid"))[1])
+    pids = workers_of(filter_, 2)
+    (other,) = set(pids) - {first_pid}
+    with faulty.failing(kind, first, faults.ALWAYS):
+        os.kill(first_pid, signal.SIGKILL)
+        wait_until(lambda: re.search(told, filter_.output), "no word of it")
+        for _ in range(3):
+            assert header(send(filter_), "X-Worker") == str(other)
+    wait_until(lambda: set(workers_of(filter_, 2)) - set(pids), "a new worker")
+    with contextlib.ExitStack() as stack:
+        mtas = [stack.enter_context(filter_.mta()) for _ in range(4)]
+        results = [mta.send(MESSAGE, recipients=RECIPIENTS) for mta in mtas]
+    assert len({header(result, "X-Worker") for result in results}) == 2
+    assert filter_.stop() == 0, filter_.output
 
 
 @pytest.mark.parametrize("user", USERS)
