@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -300,3 +301,22 @@ def test_the_generator_sees_what_is_wrong(
     )
     assert done.returncode == 1, done.stdout
     assert re.search(rf"^FINDING: seed 0, conversation 0: .*(?:{seen})", done.stdout, re.MULTILINE)
+
+
+# --- what libmilter does wrong
+
+
+@pytest.mark.parametrize(
+    "script", sorted(FUZZ.glob("libmilter/[!_]*.py")), ids=lambda path: path.stem
+)
+def test_a_fault_of_libmilter_is_shown(script: Path) -> None:
+    """The evidence for SECURITY.md: the fault is there, or this libmilter has it no longer."""
+    assert f"(`{script.name}`)" in (FUZZ.parent / "SECURITY.md").read_text(encoding="utf-8")
+    if script.stem == "slow_pool" and shutil.which(os.environ.get("CC", "cc").split()[0]) is None:
+        pytest.skip("needs a C compiler")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.splitlines()) >= 1

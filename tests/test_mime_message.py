@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import email
 import email.message
@@ -9,9 +10,11 @@ import email.policy
 import inspect
 import io
 import pathlib
+import subprocess
 import time
 
 import pytest
+from conftest import WAIT, python_command
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +28,59 @@ FORWARDED = (DATA / "forwarded.eml").read_bytes()
 
 def read(raw):
     return mime.message_from_file(io.BytesIO(raw))
+
+
+PATCHES = """
+import email, importlib, pkgutil, sys
+
+def plain(value):
+    return value.copy() if isinstance(value, (dict, list, set)) else value
+
+def snapshot():
+    owners = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "email"}
+    for name, module in list(owners.items()):
+        for key, value in vars(module).items():
+            if isinstance(value, type) and value.__module__.split(".")[0] == "email":
+                owners[f"{name}.{key}"] = value
+    return {
+        f"{owner}.{key}": (value, plain(value))
+        for owner, found in owners.items()
+        for key, value in vars(found).items()
+        if key not in ("_abc_impl", "__builtins__")
+    }
+
+for module in pkgutil.walk_packages(email.__path__, "email."):
+    importlib.import_module(module.name)
+before = snapshot()
+assert len(before) > 500
+{between}
+import mime
+after = snapshot()
+print(sorted(
+    name for name in before.keys() | after.keys()
+    if name not in before or name not in after
+    or before[name][0] is not after[name][0] or before[name][1] != after[name][1]
+))
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "changed"),
+    [
+        ("", []),
+        # What the comparison sees.
+        ("email.message.Message.walk = None", True),
+        ("email.header.decode_header = None", True),
+        ("email.charset.ALIASES['x'] = 'y'", True),
+    ],
+)
+def test_importing_it_leaves_the_package_email_alone(between, changed):
+    done = subprocess.run(
+        [*python_command(), "-c", PATCHES.replace("{between}", between)],
+        capture_output=True, text=True, check=True, timeout=WAIT,
+    )  # fmt: skip
+    found = ast.literal_eval(done.stdout)
+    assert bool(found) == bool(changed), found
 
 
 def only(msg, content_type):

@@ -26,9 +26,10 @@ WAIT = 20.0
 class Case:
     """A filter and a connection to it, negotiated, with no wait for answers."""
 
-    def __init__(self, mta: MTA, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, mta: MTA, process: subprocess.Popen[bytes], socket: str) -> None:
         self.mta = mta
         self.process = process
+        self.socket = socket
 
     def send(self, command: bytes, data: bytes = b"") -> None:
         self.mta.send_packet(command, data)
@@ -53,7 +54,7 @@ def case(body: str, **environment: str) -> Iterator[Case]:
         )
         try:
             with MTA.connect(name, wait_for=WAIT, timeout=WAIT) as mta:
-                yield Case(mta, process)
+                yield Case(mta, process, name)
         finally:
             process.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""Twenty mistakes that a type checker must find: each line that says ``# error``, and no other.
+"""Twenty-one mistakes that a type checker must find: each line that says ``# error``, and no other.
 
 Never imported, only read by ``test_typing.py``.
 """
@@ -9,6 +9,7 @@ import milter
 
 import Milter
 import mime
+from Milter._base import Address
 from Milter.mta import MTA, Message, Verdict
 
 
@@ -37,6 +38,10 @@ class Wrong(Milter.Base):
         self.getsymval("i").upper()  # error: the macro may be missing
         self.add_header("X-Score", "5")  # error: no such method
         return "ACCEPT"  # error: a verdict is an int
+
+
+def ip_of(hostaddr: Address) -> str:
+    return hostaddr[0]  # error: local submissions have none
 
 
 milter.set_flags("ADDHDRS")  # error: flags are numbers
