@@ -1036,12 +1036,6 @@ well_formed(Conversation *c)
     }
     for (unsigned i = 0; i < count && !c->failed && !c->over; i++) {
         char command = chance(c, disorder) ? commands[below(c, sizeof commands - 1)] : natural(c);
-        if (command == 'U' && !c->opened && !options.known_faults) {
-            command = 'M'; /* it may be taken for a session that goes on after QUIT_NC */
-        }
-        if (c->state == Q_NC && !options.bare) {
-            command = 'C'; /* there is no filter object before */
-        }
         one_command(c, command);
         if (c->honest && c->state == ENDM) {
             break;

@@ -2,11 +2,12 @@
 message, and of the others.
 
 Beside what is here: memory, test_faults_memory; more of exceptions at each stage,
-test_wire_exceptions, test_wire_verdicts, test_wire_noreply and test_objects_wire; sys.exit() and KeyboardInterrupt,
-test_lifecycle_calls; a callback that does not return while the filter is stopped,
-test_lifecycle_drain; the program's end with live connections, test_lifecycle_exit; fork in a
-callback, test_lifecycle_calls and test_lifecycle_signals; a context that is closed,
-test_wire_callbacks; a killed filter behind real MTAs, integration/test_crash.
+test_wire_exceptions, test_wire_verdicts, test_wire_noreply and test_objects_wire; sys.exit() and
+KeyboardInterrupt, test_lifecycle_calls; a callback that does not return while the filter is
+stopped, and a stop without descriptors, test_lifecycle_drain; workers that cannot be started,
+test_workers; the program's end with live connections, test_lifecycle_exit; fork in a handler,
+test_lifecycle_signals; a context that is closed, test_wire_callbacks; a killed filter behind real
+MTAs, integration/test_crash.
 """
 
 from __future__ import annotations

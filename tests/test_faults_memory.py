@@ -18,12 +18,15 @@ import faults
 import pytest
 from conftest import python_command
 
-from Milter.mta import FilterClosed, Offer, Reply
+from Milter.mta import FilterClosed, Offer, Reply, Verdict
 
 pytestmark = pytest.mark.skipif(
     not faults.possible(), reason="allocations cannot be made to fail here"
 )
 
+# More than there is room for without an allocation, and not all of them UTF-8.
+PARAMETERS = [b"X-%d=\xff" % number for number in range(20)]
+CHANGES = 8  # that the filter makes to each message
 MESSAGE = b"Subject: hello\r\nX-Other: one\r\n\r\nbody\r\n"
 
 
@@ -48,15 +51,21 @@ def converse(running: Any) -> bool:
             mta.rcpt("<refused@example.org>")
         mta.abort()
         steps = [
-            lambda: mta.mail("<alice@example.com>", "SIZE=10"),
-            lambda: mta.rcpt("<bob@example.org>", "NOTIFY=NEVER"),
+            lambda: mta.mail("<alice@example.com>", *PARAMETERS),
+            lambda: mta.rcpt("<bob@example.org>", *PARAMETERS),
             mta.data,
-            lambda: mta.header("Subject", "hello"),
+            lambda: mta.header("Subject", b"caf\xe9"),
             mta.eoh,
             lambda: mta.body(b"body\r\n"),
-            mta.eom,
         ]
-        return all(step().verdict.goes_on for step in steps)
+        return all(step().verdict.goes_on for step in steps) and is_whole(mta.eom())
+
+
+def is_whole(reply: Reply) -> bool:
+    """The message passes; then it has every change that the filter makes."""
+    if reply.verdict.goes_on:
+        assert (len(reply.modifications), reply.progress) == (CHANGES, 1)
+    return reply.verdict.goes_on
 
 
 def honest(running: Any) -> None:
@@ -82,25 +91,36 @@ def contexts(running: Any) -> tuple[int, int]:
     reason="a debug build of CPython asserts that it never runs out of memory",
 )
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("count", [1, 40], ids=["one", "a-row-of-them"])
+@pytest.mark.parametrize(
+    ("count", "how"),
+    [(1, ""), (40, ""), (1, "strict"), (1, "bytes"), (1, "replace"), (1, "hook")],
+    ids=["one", "a-row-of-them", "strict", "bytes", "replace", "hook"],
+)
 def test_each_allocation_of_a_conversation(
-    run_filter: Callable[..., Any], faulty: faults.Faults, count: int
+    run_filter: Callable[..., Any], faulty: faults.Faults, count: int, how: str
 ) -> None:
-    running = run_filter("f_faults", env=faulty.env)
+    """Beside it a message that began before goes on after each failure, and ends whole."""
+    running = run_filter("f_faults", *[how] * bool(how), env=faulty.env)
     honest(running)
     answered = closed = 0
-    for first in itertools.count(1):
-        with faulty.failing(faults.ALLOCATIONS, first, count):
-            try:
-                answered += converse(running)
-            except FilterClosed:
-                closed += 1
-            seen = faulty.seen
-        assert running.process.poll() is None, (first, running.output)
-        if first % 10 == 0 or seen < first:
-            honest(running)
-        if seen < first:
-            break
+    with running.mta(offer=Offer()) as beside:
+        beside.connect_info("client.example.com")
+        beside.mail("<alice@example.com>")
+        for first in itertools.count(1):
+            with faulty.failing(faults.ALLOCATIONS, first, count):
+                try:
+                    answered += converse(running)
+                except FilterClosed:
+                    closed += 1
+                seen = faulty.seen
+            assert running.process.poll() is None, (first, running.output)
+            assert beside.rcpt("<bob@example.org>").verdict is Verdict.CONTINUE, first
+            if first % 10 == 0 or seen < first:
+                honest(running)
+            if seen < first:
+                break
+        assert beside.eoh().verdict.goes_on
+        assert is_whole(beside.eom())
     assert first > (50 if "PYTHONMALLOC" in faulty.env else 30)  # or nothing was tried
     assert answered > 0
     assert closed > 0
@@ -120,7 +140,7 @@ import faults
 tell = faults.Told(os.environ["FAULTS"])
 spec = importlib.util.find_spec("milter")
 path = os.path.join(sys.argv[2], "s")
-if sys.argv[3] == "setup":
+if sys.argv[3] != "import":
     import milter
 
 def load():
@@ -134,7 +154,7 @@ def setup():
         lambda: milter.register("name", data=print, unknown=print, negotiate=print),
         lambda: milter.set_eom_callback(print),
         lambda: milter.set_flags(milter.ADDHDRS),
-        lambda: milter.setconn("unix:" + path),
+        lambda: milter.setconn("unix:" + (path if sys.argv[3] == "setup" else "s")),
         lambda: milter.setmaxdatasize(1 << 16),
         lambda: milter.set_drain_timeout(2.5),
         lambda: milter.getversion(),
@@ -145,6 +165,7 @@ def setup():
     for step in steps:
         yield step
     yield lambda: milter.opensocket(True)
+    yield lambda: milter._share_socket(2, -1)
 
 def attempt(call):
     try:
@@ -152,11 +173,12 @@ def attempt(call):
     except (MemoryError, ImportError, OSError) as exc:
         return True
     except Exception as exc:
-        if sys.argv[3] == "setup" and isinstance(exc, milter.error):
+        if sys.argv[3] != "import" and isinstance(exc, milter.error):
             return True
         raise
     return False
 
+os.chdir(sys.argv[2])
 first = 0
 while True:
     first += 1
@@ -182,7 +204,7 @@ print("tried", first - 1)
 """
 
 
-@pytest.mark.parametrize("what", ["import", "setup"])
+@pytest.mark.parametrize("what", ["import", "setup", "relative-path"])
 def test_each_allocation_before_the_filter_runs(
     faulty: faults.Faults, directory: Path, what: str
 ) -> None:

@@ -96,7 +96,7 @@ def test_one_waits_for_the_interpreter_lock_and_the_others_in_front_of_it(
         for mta in mtas:
             mta.send_packet(b"H", b"client.example\0")
         running.wait_for("waits", len(mtas))
-        for mta in mtas:
+        for _ in mtas:
             letting_go.release()
         for mta in mtas:
             assert mta.read_packet().command == b"c"

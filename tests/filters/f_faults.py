@@ -1,4 +1,7 @@
-"""Does everything that a filter can, for the tests of faults: f_faults.py SOCKET."""
+"""Does everything that a filter can, for the tests of faults: f_faults.py SOCKET [HOW].
+
+HOW is how text is decoded (@decode), or "hook" for exceptions that go to a replaced excepthook.
+"""
 
 from __future__ import annotations
 
@@ -72,6 +75,31 @@ class Everything(Milter.Base):
         return Milter.CONTINUE
 
 
+def decoding(how: str) -> type[Everything]:
+    """The filter with other decoders."""
+
+    class Decoding(Everything):
+        @Milter.symlist("{mail_addr}")
+        @Milter.decode(how)
+        def envfrom(self, sender: Any, *parameters: Any) -> int:
+            return Milter.CONTINUE
+
+        @Milter.decode(how)
+        def envrcpt(self, recipient: Any, *parameters: Any) -> int:
+            return Milter.CONTINUE
+
+        @Milter.decode(how)
+        def header(self, name: str, value: Any) -> int:
+            return Milter.CONTINUE
+
+    return Decoding
+
+
 if __name__ == "__main__":
+    how = (sys.argv[2:] or ["surrogateescape"])[0]
     Milter.factory = Everything
+    if how == "hook":
+        sys.excepthook = lambda kind, value, traceback: None
+    elif how != "surrogateescape":
+        Milter.factory = decoding(how)
     Milter.runmilter("faults", sys.argv[1], 60)
