@@ -194,6 +194,16 @@ def test_a_comparison_of_too_little_fails(tmp_path: Path) -> None:
     assert compared(tmp_path, before, after) == 1
 
 
+def test_the_page_of_applications_is_of_this_version() -> None:
+    columns = found("docs/applications.md", r"^\| pymilter, this one \| (.*) \|$").split(" | ")
+    assert [column.partition("-")[0] for column in columns] == [VERSION] * 3
+    runs = found("docs/applications.md", r"^\|  \| (.*) \|$").split(" | ")
+    assert runs == ["bookworm", "bookworm-pip", "trixie"]
+    text = (ROOT / "docs" / "applications.md").read_text(encoding="utf-8")
+    assert text.count("| the same") > 150
+    assert "DIFFERENT" not in text
+
+
 def test_every_command_is_in_the_manual_page() -> None:
     page = (ROOT / "docs" / "pymilter.1").read_text(encoding="utf-8")
     assert re.findall(r"^\.SS (\w+)$", page, re.MULTILINE) == ["run", "config", "check", "send"]

@@ -178,17 +178,27 @@ def place(prefix: str | None) -> Place:
 
 
 def versions(where: Place) -> dict[str, str]:
-    """What takes part; Debian's versions without the part that is Debian's."""
+    """What takes part."""
     found = {}
-    for name, package in (("pymilter", "pymilter"), ("dkimpy-milter", "dkimpy-milter"),
-                          ("pyspf-milter", "spf-engine"), ("dkimpy", "dkimpy"), ("pyspf", "pyspf"),
-                          ("authres", "authres")):  # fmt: skip
+    for name, package in (
+        ("pymilter", "pymilter"),
+        ("dkimpy-milter", "dkimpy-milter"),
+        ("pyspf-milter", "spf-engine"),
+        ("dkimpy", "dkimpy"),
+        ("authres", "authres"),
+    ):
         ask = f"from importlib.metadata import version; print(version({package!r}))"
         said = subprocess.run(
             [str(where.python), "-c", ask], capture_output=True, text=True, check=False
         )
         if said.returncode == 0:
             found[name] = said.stdout.strip()
+    if where.python == Path("/usr/bin/python3"):
+        # Trixie's 1.0.6 says of itself that it is 1.0.5.
+        package = ["dpkg-query", "-W", "-f", "${Version}", "python3-milter"]
+        found["pymilter"] = subprocess.run(
+            package, capture_output=True, text=True, check=True
+        ).stdout
     for name, command in (
         ("Python", [str(where.python), "-c", "import platform; print(platform.python_version())"]),
         ("Postfix", ["postconf", "-hd", "mail_version"]),
