@@ -168,7 +168,8 @@ for the `pymilter` that both require, and what they do there is compared with De
 
 "shipped" is pyspf-milter as Debian configures it, with RSA signatures and both filters on TCP;
 "strict" adds Ed25519 signatures, simple canonicalisation and a unix socket, and has pyspf-milter
-refuse on errors and write `Authentication-Results`.
+refuse on errors and write `Authentication-Results`. In both, dkimpy-milter signs what it verifies,
+as the sender's domain is its own: a message leaves with one signature more for each key.
 
 {table}
 
