@@ -36,9 +36,16 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 subprocess.Popen.kill = _end  # type: ignore[method-assign]
 
-if _command:
-    # The tests start filters with sys.executable, so that is what stands in between.
-    _wrapper = Path(_directory.name, "python")
-    _wrapper.write_text(f'#!/bin/sh\nexec {_command} {shlex.quote(_python)} "$@"\n')
-    _wrapper.chmod(0o755)
-    sys.executable = str(_wrapper)
+
+def pytest_configure(config: Any) -> None:
+    """Put the command in between: the tests start filters with sys.executable.
+
+    Where tests run in parallel, the processes that they run in are started with it too; those
+    stay as they are.
+    """
+    hands_out = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if _command and not hands_out:
+        wrapper = Path(_directory.name, "python")
+        wrapper.write_text(f'#!/bin/sh\nexec {_command} {shlex.quote(_python)} "$@"\n')
+        wrapper.chmod(0o755)
+        sys.executable = str(wrapper)

@@ -12,11 +12,11 @@ import re
 import sys
 from pathlib import Path
 
-# A frame in the module: by its file's name, or by that of its sources.
-MODULE = re.compile(
-    r"\bmilter\.(?:cpython|abi3)[^/\s]*\.so|\b(?:miltermodule|src/[a-z]+)\.c:\d+|"
-    r"\((?:miltermodule|context|values|listener|signals|lifecycle|turnstile|decoder)\.c:\d+\)"
-)
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = "|".join(re.escape(path.stem) for path in [*ROOT.glob("*.c"), *ROOT.glob("src/*.c")])
+# A frame in the module: by its file's name, or by that of its sources, which valgrind names
+# without their directory.
+MODULE = re.compile(rf"\bmilter\.(?:cpython|abi3)[^/\s]*\.so|(?<![\w.-])(?:{SOURCES})\.c:\d+")
 # The C library's record of what to call when a thread ends: reached from thread-local storage only,
 # where LeakSanitizer does not look (see scripts/test-sanitizers).  And libmilter's copy of the
 # filter's name, which it forgets at the next smfi_register().

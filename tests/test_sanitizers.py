@@ -1,0 +1,145 @@
+"""What scripts/test-sanitizers rests on: how filters are run, and what is read of the reports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FUZZ = ROOT / "fuzz"
+READER = FUZZ / "sanitizer_reports.py"
+SOURCES = [ROOT / "miltermodule.c", *sorted(ROOT.glob("src/*.c"))]
+
+# As the tools write them, shortened; {name} is a source file's name without its directory.
+VALGRIND = """\
+==17== Invalid write of size 4
+==17==    at 0x4842B6F: memset (in /usr/libexec/valgrind/vgpreload_memcheck-amd64-linux.so)
+==17==    by 0x5A81F3C: some_function ({name}:60)
+==17==    by 0x5ABC111: mi_engine (in /usr/lib/x86_64-linux-gnu/libmilter.so.1.0.1)
+"""
+ADDRESS = """\
+=================================================================
+==17==ERROR: AddressSanitizer: heap-use-after-free on address 0x602000000010 at pc 0x7f01
+WRITE of size 1 at 0x602000000010 thread T3
+    #0 0x7f0123 in some_function {path}:60
+    #1 0x7f0456 in mi_engine (/usr/lib/x86_64-linux-gnu/libmilter.so.1.0.1+0x5d5e)
+"""
+LEAK = """\
+Direct leak of 77 byte(s) in 1 object(s) allocated from:
+    #0 0x7f0123 in malloc (/usr/lib/x86_64-linux-gnu/libasan.so.8+0xb89d8)
+    #1 0x7f0456 in some_function {path}:60
+"""
+THREAD = """\
+==================
+WARNING: ThreadSanitizer: data race (pid=17)
+  Write of size 4 at 0x7f0123 by thread T2:
+    #0 some_function {path}:60 (milter_extension+0x7d5e)
+"""
+TOOLS = {"valgrind": VALGRIND, "address": ADDRESS, "leak": LEAK, "thread": THREAD}
+
+
+def read(directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(READER), str(directory)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_report_in_any_source_file_is_seen(tool: str, tmp_path: Path) -> None:
+    for number, source in enumerate(SOURCES):
+        report = TOOLS[tool].format(name=source.name, path=source.relative_to(ROOT))
+        (tmp_path / f"report.{number}").write_text(report)
+    done = read(tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert [source.name for source in SOURCES if f"{source.name}:60" not in done.stdout] == []
+    count = len(SOURCES)
+    assert f"{count} files, {count} reports that name the module; others: " in done.stdout
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_report_that_names_the_loaded_module_is_seen(tool: str, tmp_path: Path) -> None:
+    where = "/somewhere/milter.cpython-313t-x86_64-linux-gnu.so+0x7d5e"
+    report = TOOLS[tool].replace(" ({name}:60)", f" (in {where})").replace("{path}:60", where)
+    (tmp_path / "report.17").write_text(report)
+    assert read(tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_report_elsewhere_is_only_counted(tool: str, tmp_path: Path) -> None:
+    for name in ("threadpool.c", "ceval.c", "pool.cc", "test-pool.c"):
+        report = TOOLS[tool].format(name=name, path=f"Python/{name}")
+        (tmp_path / f"report.{name}").write_text(report)
+    done = read(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("4 files, 0 reports that name the module; others: 4 ")
+
+
+def test_each_report_of_a_file_is_judged_and_the_same_is_told_once(tmp_path: Path) -> None:
+    others = [TOOLS[tool].format(name="ceval.c", path="Python/ceval.c") for tool in TOOLS]
+    ours = LEAK.format(path="src/pool.c")
+    (tmp_path / "report.17").write_text("".join([*others, ours]))
+    (tmp_path / "report.18").write_text("".join([ours, *others]))
+    done = read(tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.count("some_function src/pool.c:60") == 1
+    assert "some_function Python" not in done.stdout
+    assert "2 files, 1 reports that name the module; others: " in done.stdout
+
+
+def test_what_the_c_library_keeps_for_a_thread_is_no_leak_of_the_module(tmp_path: Path) -> None:
+    report = LEAK.format(path="src/pool.c").replace("some_function", "on_thread_end")
+    kept = report.replace("#1", "#1 0x7f0234 in __cxa_thread_atexit_impl (/lib/libc.so)\n    #2")
+    (tmp_path / "report.17").write_text(kept)
+    assert read(tmp_path).returncode == 0
+
+
+# --- how filters are run
+
+UNDER = """
+import os, signal, subprocess, sys
+
+def test_what_is_started_runs_under_the_command():
+    code = "import os; print(os.getenv('UNDER'))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "yes\\n"
+
+def test_the_tests_do_not():
+    assert os.getenv("UNDER") is None
+
+def test_what_is_killed_may_end():
+    code = '''import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print(flush=True)
+time.sleep(60)'''
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    child.kill()
+    assert child.wait(60) == 7
+"""
+
+
+@pytest.mark.parametrize("parallel", [[], ["-p", "xdist", "-n", "1"]], ids=["alone", "parallel"])
+def test_filters_run_under_the_command_and_end_by_themselves(
+    parallel: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "test_under.py").write_text(UNDER)
+    environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "fuzz_under", *parallel, "test_under.py"],
+        env={**environment, "PYTHONPATH": str(FUZZ), "FUZZ_UNDER": "env UNDER=yes"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
