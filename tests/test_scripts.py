@@ -158,12 +158,20 @@ def test_the_changelog_is_one_of_this_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["setup", "nonsense"], ["lint", "--nonsense"], ["demo", "nonsense"]]
+    "arguments",
+    [
+        ["setup", "nonsense"],
+        ["lint", "--nonsense"],
+        ["demo", "nonsense"],
+        ["test-sanitizers", "nonsense"],
+        ["build-free-threaded", "nonsense"],
+        ["build-free-threaded", "--version", "3.12"],
+    ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_done(arguments: list[str]) -> None:
-    script, argument = arguments
+    script = ROOT / "scripts" / arguments[0]
     done = subprocess.run(
-        [str(ROOT / "scripts" / script), argument],
+        [str(script), *arguments[1:]],
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -172,7 +180,7 @@ def test_a_wrong_argument_is_named_before_anything_is_done(arguments: list[str])
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
-    assert argument in done.stderr
+    assert arguments[-1] in done.stderr
 
 
 def test_nothing_is_installed_where_nothing_is_missing(bash: Bash, programs: Path) -> None:
