@@ -49,3 +49,8 @@ def pytest_configure(config: Any) -> None:
         wrapper.write_text(f'#!/bin/sh\nexec {_command} {shlex.quote(_python)} "$@"\n')
         wrapper.chmod(0o755)
         sys.executable = str(wrapper)
+
+
+def pytest_unconfigure() -> None:
+    """By then all filters have ended."""
+    _directory.cleanup()

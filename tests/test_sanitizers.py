@@ -132,7 +132,18 @@ def test_filters_run_under_the_command_and_end_by_themselves(
     (tmp_path / "test_under.py").write_text(UNDER)
     environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "fuzz_under", *parallel, "test_under.py"],
+        [
+            sys.executable,
+            "-W",
+            "default",
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "fuzz_under",
+            *parallel,
+            "test_under.py",
+        ],
         env={**environment, "PYTHONPATH": str(FUZZ), "FUZZ_UNDER": "env UNDER=yes"},
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -143,3 +154,4 @@ def test_filters_run_under_the_command_and_end_by_themselves(
     )
     assert done.returncode == 0, done.stdout
     assert "3 passed" in done.stdout
+    assert "cleaning up" not in done.stdout
