@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import WAIT
 
 from Milter.mta import MTA, MTAError, Result
 
-WAIT = 20.0  # seconds: the bound of every wait, far above what a loaded machine needs
 MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
 RECIPIENTS = ["<r@example.com>"]
 NOBODY = 65534

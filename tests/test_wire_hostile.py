@@ -9,11 +9,11 @@ import struct
 from typing import Any, Callable
 
 import pytest
+from conftest import WAIT
 from wire_support import session
 
 from Milter.mta import AddHeader, Verdict, parse_socket
 
-WAIT = 20.0
 COMMANDS = b"OCHMRTLNBEUAQKD"
 MESSAGE = b"Subject: hello\r\n\r\ntext\r\n"
 
