@@ -86,6 +86,8 @@ adopt_host() {
         /etc/resolv.conf /etc/hosts; do
         if [ -e "$file" ]; then cp -rL "$file" "$1${file%/*}/"; fi
     done
+    # A tree does not outlive a script: dpkg need not wait for the disk.
+    echo force-unsafe-io >"$1/etc/dpkg/dpkg.cfg.d/unsafe-io"
     # No daemon starts because it was installed.
     printf '#!/bin/sh\nexit 101\n' >"$1/usr/sbin/policy-rc.d"
     chmod 755 "$1/usr/sbin/policy-rc.d"
@@ -136,4 +138,36 @@ tree_install() {
         apt-get -qq update
         apt-get -qq -y -o Dpkg::Use-Pty=0 --no-install-recommends install "$@"
     ' tree_install "$@"
+}
+
+# boot_tree TREE DIRECTORY SECONDS COMMAND...: boot the tree, in which systemd-sysv is installed, as
+# a container with a loopback interface only, and run the command there as root; both end then.
+boot_tree() {
+    local tree=$1 directory=$2 seconds=$3 status=0
+    shift 3
+    ensure_command systemd-nspawn systemd-container
+    install_missing
+    printf 'export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8\n%s\n' \
+        "$(printf '%q ' "$@")" >"$tree/root/booted.sh"
+    cat >"$tree/etc/systemd/system/booted.service" <<END
+[Unit]
+SuccessAction=exit-force
+FailureAction=exit-force
+
+[Service]
+Type=oneshot
+ExecStart=/bin/bash /root/booted.sh
+StandardOutput=truncate:/root/booted.log
+StandardError=inherit
+TimeoutStartSec=$seconds
+END
+    # A version of systemd that is newer than this system's may refuse the first version of control
+    # groups, which this one may have.
+    SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 timeout --kill-after=10 $((seconds + 60)) \
+        systemd-nspawn --quiet --boot --register=no --keep-unit --private-network --settings=no \
+        --link-journal=no --console=pipe --bind="$directory:/mnt" --directory="$tree" \
+        -- --unit=booted.service </dev/null >"$tree.console" 2>&1 || status=$?
+    cat "$tree/root/booted.log" || cat "$tree.console"
+    rm -f "$tree.console"
+    return "$status"
 }
