@@ -42,6 +42,21 @@ def test_the_version_is_the_same_everywhere(path: str, pattern: str) -> None:
     assert found(path, pattern) == VERSION
 
 
+@pytest.mark.parametrize(
+    ("path", "pattern"),
+    [
+        ("debian/changelog", r"^ -- (.*)  "),
+        ("debian/copyright", r"^Upstream-Contact: (.*)$"),
+        ("pymilter.spec", r"^%changelog\n\* \w+ \w+ \d+ \d+ (.*) - "),
+    ],
+)
+def test_the_maintainer_is_the_same_everywhere(path: str, pattern: str) -> None:
+    maintainer = found("debian/control", "^Maintainer: (.*)$")
+    assert found(path, pattern) == maintainer
+    author = found("pyproject.toml", r'^authors = \[\{ name = "(.*)" \}\]$')
+    assert maintainer.startswith(f"{author} <")
+
+
 @pytest.mark.parametrize("script", ["debian/tests/wire", "scripts/test-installed"])
 def test_the_suites_of_packages_name_files_that_are_there(script: str) -> None:
     text = (ROOT / script).read_text(encoding="utf-8").replace("\\\n", " ")
@@ -209,11 +224,46 @@ def test_every_command_is_in_the_manual_page() -> None:
     assert re.findall(r"^\.SS (\w+)$", page, re.MULTILINE) == ["run", "config", "check", "send"]
 
 
-@pytest.mark.parametrize("path", ["debian/rules", "debian/tests/wire", "debian/tests/service"])
+@pytest.mark.parametrize("command", ["run", "config", "check"])
+def test_every_option_is_in_the_manual_page_and_no_other(command: str) -> None:
+    page = (ROOT / "docs" / "pymilter.1").read_text(encoding="utf-8")
+    section = page.replace(r"\-", "-").partition(f"\n.SS {command}\n")[2].partition("\n.S")[0]
+    # The entries' heads: a line after .TP.
+    documented = re.findall(
+        r"--[a-z-]+", "".join(re.findall(r"^\.TP\n(.*)$", section, re.MULTILINE))
+    )
+    said = subprocess.run(
+        [sys.executable, "-m", "Milter", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    options = re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE)
+    assert sorted(documented) == sorted({*options} - {"--help"})
+
+
+DEBIAN_TESTS = [
+    name
+    for line in re.findall(
+        r"^Tests: (.*)$", (ROOT / "debian/tests/control").read_text("utf-8"), re.M
+    )
+    for name in re.split(r"[, ]+", line)
+]
+
+
+def test_the_tests_of_the_packages_are_listed() -> None:
+    files = [path for path in (ROOT / "debian" / "tests").iterdir() if path.is_file()]
+    assert {path.name for path in files if path.stat().st_mode & 0o111} == {*DEBIAN_TESTS}
+
+
+@pytest.mark.parametrize(
+    "path", ["debian/rules", *(f"debian/tests/{name}" for name in DEBIAN_TESTS)]
+)
 def test_what_is_run_is_executable(path: str) -> None:
     assert (ROOT / path).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("path", ["debian/tests/wire", "debian/tests/service"])
-def test_the_shell_takes_the_scripts(path: str) -> None:
-    subprocess.run(["sh", "-n", str(ROOT / path)], check=True, timeout=60)
+@pytest.mark.parametrize("name", DEBIAN_TESTS)
+def test_the_shell_takes_the_scripts(name: str) -> None:
+    subprocess.run(["sh", "-n", str(ROOT / "debian/tests" / name)], check=True, timeout=60)
