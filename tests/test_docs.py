@@ -242,7 +242,46 @@ def test_the_configuration_shown_is_what_is_printed(name, tmp_path):
     assert printed in blocks(page, "")
 
 
-@pytest.mark.parametrize(("page", "block"), cases("ini"))
+def verify(unit: Path) -> str:
+    """What systemd has to say against a unit."""
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    return done.stderr
+
+
+def ini_cases(kind: str) -> list:
+    """The ini blocks that are a unit, a drop-in, or variables for milter@.service."""
+
+    def kind_of(block: str) -> str:
+        return "unit" if "[Unit]" in block else "drop-in" if "[" in block else "variables"
+
+    return [case for case in cases("ini") if kind_of(case.values[1]) == kind]
+
+
+@pytest.mark.parametrize(("page", "block"), ini_cases("variables"))
+def test_variables_are_those_that_the_service_reads(page, block):
+    unit = (ROOT / "debian" / "python3-milter.milter@.service").read_text("utf-8")
+    given = dict(line.split("=", 1) for line in block.splitlines())
+    assert set(given) <= set(re.findall(r"\$\{?([A-Z]+)", unit))
+    words = shlex.split(given.get("OPTIONS", ""))
+    assert {word for word in words if word.startswith("--")} <= options_of("run")
+
+
+@pytest.mark.parametrize(("page", "block"), ini_cases("drop-in"))
+def test_drop_ins_are_for_the_service(page, block, tmp_path):
+    shipped = ROOT / "debian" / "python3-milter.milter@.service"
+    unit = tmp_path / "milter@hello.service"
+    unit.write_text(shipped.read_text("utf-8") + "\n" + block, encoding="utf-8")
+    if shutil.which("systemd-analyze"):
+        assert "milter@hello" not in verify(unit)
+
+
+@pytest.mark.parametrize(("page", "block"), ini_cases("unit"))
 def test_the_units_are_units_whose_command_serves(page, block, milter_app, tmp_path):
     unit = configparser.ConfigParser(strict=True, interpolation=None)
     unit.optionxform = str
@@ -254,14 +293,7 @@ def test_the_units_are_units_whose_command_serves(page, block, milter_app, tmp_p
     if shutil.which("systemd-analyze"):
         file = tmp_path / "hello.service"
         file.write_text(block.replace(interpreter, sys.executable))
-        done = subprocess.run(
-            ["systemd-analyze", "verify", "--man=no", str(file)],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-        assert "hello.service" not in done.stderr, done.stderr
+        assert "hello.service" not in verify(file)
     (tmp_path / "hello.py").write_text(hello(), encoding="utf-8")
     assert command[:3] == ["-m", "Milter", "run"]
     options = command[4:]
