@@ -328,8 +328,11 @@ tell_supervisor(char what)
     struct {
         char what;
         int pid;
-    } message = {.what = what, .pid = getpid()};
+    } message;
 
+    memset(&message, 0, sizeof message); /* what lies between goes out as well */
+    message.what = what;
+    message.pid = getpid();
     if (report >= 0) {
         (void)!write(report, &message, sizeof message);
     }
