@@ -172,6 +172,7 @@ def _serve(args: argparse.Namespace) -> None:
                 _socket_setup.shut()
                 raise
             Milter.main()
+    notifier.stopping()  # where it was stopped by other means than a signal
     _log.info("%s has stopped", name)
     notifier.close()
 

@@ -19,6 +19,7 @@ class Notifier:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._socket: socket.socket | None = None
+        self._told_of_stop = False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._interval = _watchdog_interval(environment)
@@ -75,7 +76,9 @@ class Notifier:
 
     def stopping(self) -> None:
         """The service begins to stop.  The watchdog is still fed, as that may take a while."""
-        self.notify("STOPPING=1")
+        if not self._told_of_stop:
+            self._told_of_stop = True
+            self.notify("STOPPING=1")
 
     def close(self) -> None:
         """The service has stopped."""

@@ -29,6 +29,11 @@ class Busy(Hello):
     def envfrom(self, sender, *params):
         return Milter.CONTINUE
 
+class Stops(Hello):
+    def envfrom(self, sender, *params):
+        Milter.stop()
+        return Milter.CONTINUE
+
 class Needs(Milter.Base):
     def __init__(self, what):
         pass
@@ -376,6 +381,18 @@ def test_stopping_is_told_before_messages_in_progress_have_ended(
         mta.rcpt("<b@example.com>")
         assert mta.eom().modifications
     assert filter_.wait() == 0
+
+
+def test_a_filter_that_stops_by_itself_tells_so_once(run: Run, manager: Manager) -> None:
+    filter_ = run(name="hello:Stops", env=manager.environment)
+    manager.wait_for("READY=1")
+    with contextlib.closing(filter_.mta()) as mta:
+        assert mta.send(b"Subject: a\r\n\r\nb\r\n", recipients=["r@example.com"]).accepted
+    assert filter_.wait() == 0
+    assert manager.wait_for("STOPPING=1") == ["STOPPING=1"]
+    manager.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.socket.recv(4096)
 
 
 def test_the_watchdog_is_fed(run: Run, manager: Manager) -> None:
