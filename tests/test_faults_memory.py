@@ -165,7 +165,7 @@ def setup():
     for step in steps:
         yield step
     yield lambda: milter.opensocket(True)
-    yield lambda: milter._share_socket(2, -1)
+    yield lambda: milter._share_socket(2)
 
 def attempt(call):
     try:
