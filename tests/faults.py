@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,8 +20,12 @@ ALWAYS = 1 << 40  # calls
 _LAYOUT = struct.Struct("@4q")
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC", "cc"))
+
+
 def possible() -> bool:
-    """Whether faults can be made here: glibc, and an interpreter without a sanitizer."""
+    """Whether faults can be made here: glibc, a compiler, and an interpreter without a sanitizer."""
     sanitized = "asan" in os.environ.get("LD_PRELOAD", "") or "valgrind" in os.environ.get(
         "LD_PRELOAD", ""
     )
@@ -28,6 +33,7 @@ def possible() -> bool:
         sys.platform.startswith("linux")
         and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
         and not sanitized
+        and shutil.which(_compiler()[0]) is not None
     )
 
 
@@ -65,10 +71,9 @@ class Faults:
 
     def __init__(self, directory: Path) -> None:
         library = directory / "faults.so"
-        compiler = shlex.split(os.environ.get("CC", "cc"))
         source = Path(__file__).with_name("faults.c")
         flags = ["-O1", "-g", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
-        subprocess.run([*compiler, *flags, str(source), "-o", str(library), "-ldl"], check=True)
+        subprocess.run([*_compiler(), *flags, str(source), "-o", str(library), "-ldl"], check=True)
         told = directory / "faults"
         told.write_bytes(bytes(_LAYOUT.size))
         # Python's own pools would hide most allocations.
