@@ -25,7 +25,7 @@ def _compiler() -> list[str]:
 
 
 def possible() -> bool:
-    """Whether faults can be made here: glibc, a compiler, and an interpreter without a sanitizer."""
+    """Whether faults can be made here: glibc, a compiler, an interpreter without a sanitizer."""
     sanitized = "asan" in os.environ.get("LD_PRELOAD", "") or "valgrind" in os.environ.get(
         "LD_PRELOAD", ""
     )
