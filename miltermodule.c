@@ -801,17 +801,69 @@ add_argument(Call *call, PyObject *argument)
         }                                                                                          \
     } while (0)
 
+/* Call what belongs to the end of a program; what it raises is told. */
+static void
+call_at_end(PyObject *object, const char *method)
+{
+    PyObject *done = object == NULL ? NULL : PyObject_CallMethod(object, method, NULL);
+
+    if (done == NULL && PyErr_Occurred()) {
+        PyErr_WriteUnraisable(object);
+    }
+    Py_XDECREF(done);
+}
+
+/* The exit status for the exception that is set now, which is printed as at the end of a script. */
+static int
+status_of_exception(void)
+{
+    PyObject *exception, *code;
+    int status = 1;
+
+    if (!PyErr_ExceptionMatches(PyExc_SystemExit)) {
+        PyErr_Print();
+        return status;
+    }
+    exception = take_exception();
+    code = PyObject_GetAttrString(exception, "code");
+    if (code == Py_None) {
+        status = 0;
+    }
+    else if (code != NULL && PyLong_Check(code)) {
+        status = (int)PyLong_AsLong(code) & 0xFF;
+    }
+    else if (code != NULL) {
+        PySys_FormatStderr("%S\n", code);
+    }
+    PyErr_Clear();
+    Py_XDECREF(code);
+    Py_DECREF(exception);
+    return status;
+}
+
 /* The callback forked and this is the child: libmilter's threads, and the right to answer the
- * MTA, are the parent's.  End as a script does when it runs out. */
+ * MTA, are the parent's.  End as a script does when it runs out, but for the interpreter's own
+ * end: CPython 3.13 crashes in it where another thread than the main one forked. */
 static void
 end_forked_child(PyObject *result)
 {
-    if (atomic_load(&filter.forked)) {
-        if (result == NULL) {
-            PyErr_Print(); /* exits by itself for SystemExit */
-        }
-        Py_Exit(result == NULL);
+    static const char *const streams[] = {"stdout", "stderr"};
+    PyObject *module;
+    int status;
+
+    if (!atomic_load(&filter.forked)) {
+        return;
     }
+    status = result == NULL ? status_of_exception() : 0;
+    module = PyImport_ImportModule("threading");
+    call_at_end(module, "_shutdown");
+    module = PyImport_ImportModule("atexit");
+    call_at_end(module, "_run_exitfuncs");
+    for (size_t i = 0; i < Py_ARRAY_LENGTH(streams); i++) {
+        PyObject *stream = PySys_GetObject(streams[i]);
+        call_at_end(stream == Py_None ? NULL : stream, "flush");
+    }
+    _exit(status);
 }
 
 static PyObject *

@@ -229,7 +229,7 @@ def test_a_full_disk(
         assert (result.verdict, result.stage) == (Verdict.TEMPFAIL, Stage.RCPT)
         assert result.smtp is not None and result.smtp.code == 451
         assert attempt(mta, "later").accepted
-    assert "Error" in running.output
+        running.wait_for("Error")
     assert running.stop() == 0
     assert names_in(directory, store) == ["before", "later"]
 
