@@ -482,7 +482,7 @@ class _Supervisor:
     def _begin_to_stop(self) -> None:
         self._stopping = True
         _, drain, close = milter._stop_state()
-        self._deadline = time.monotonic() + drain + close + GRACE
+        self._deadline = time.monotonic() + (drain + close) / 1000 + GRACE
         _close_socket()
         for worker in self._workers:
             if worker.lifeline >= 0:

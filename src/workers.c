@@ -492,12 +492,13 @@ worker_gone(PyObject *Py_UNUSED(module), PyObject *value)
     Py_RETURN_NONE;
 }
 
-/* _stop_state(): (was stop() called?, the drain timeout, how long close callbacks may take) */
+/* _stop_state(): (was stop() called?, the drain timeout, how long close callbacks may take), both
+ * in milliseconds */
 PyObject *
 stop_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    return Py_BuildValue("(Ndd)", PyBool_FromLong(atomic_load(&filter.stop_wanted)),
-                         drain_seconds(), CLOSE_SECONDS);
+    return Py_BuildValue("(Nii)", PyBool_FromLong(atomic_load(&filter.stop_wanted)),
+                         atomic_load(&filter.drain_ms), (int)(CLOSE_SECONDS * 1000));
 }
 
 /* _unique_id(): a number that no process of this filter has given out before. */

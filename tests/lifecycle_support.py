@@ -20,7 +20,10 @@ MESSAGE = b"Subject: hello\r\n\r\nbody\r\n"
 RECIPIENTS = ["<r@example.com>"]
 NOBODY = 65534
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+as_root = pytest.mark.skipif(
+    os.geteuid() != 0 or "asan" in os.environ.get("LD_PRELOAD", ""),
+    reason="only root can become another user, who may not write a sanitizer's reports",
+)
 #: Options of a filter that runs as whoever runs the tests, and as somebody without privileges:
 #: only there libmilter itself removes sockets.
 USERS = [
