@@ -119,9 +119,10 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 print(flush=True)
 time.sleep(60)'''
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    child.stdout.readline()
-    child.kill()
-    assert child.wait(60) == 7
+    with child, child.stdout:
+        child.stdout.readline()
+        child.kill()
+        assert child.wait(60) == 7
 """
 
 
