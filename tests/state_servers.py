@@ -204,6 +204,8 @@ class Redis(Server):
             "unixsocket": str(self.socket),
             "dir": str(self.folder),
             "appendonly": "yes",
+            # By the second it puts writing off while an earlier fsync takes long.
+            "appendfsync": "always",
             "save": "",
             "daemonize": "no",
         }

@@ -108,13 +108,15 @@ def test_one_waits_for_the_interpreter_lock_and_the_others_in_front_of_it(
         assert sleepers(running.pid) == set()
         seen: set[str] = set()
 
-        def all_were_seen() -> bool:
-            seen.update(sleepers(running.pid))  # they wake now and then, to look at the holder
-            return len(seen) >= CONNECTIONS - 1
+        def several_were_seen() -> bool:
+            # They wake now and then, to look at the holder; and libmilter may have put some of the
+            # commands behind others.
+            seen.update(sleepers(running.pid))
+            return len(seen) >= 2
 
         for mta in others:
             mta.send_packet(b"M", b"<a@example.com>\0")
-        wait_until(all_were_seen, "they are not there")
+        wait_until(several_were_seen, "they are not there")
         keeping.release()
         assert keeper.read_packet().command == b"c"
         for mta in others:
