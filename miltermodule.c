@@ -351,13 +351,11 @@ owe(Call *call, sfsistat verdict)
     if (call->stage == CONNECT || call->stage == HELO) {
         call->context->debt = OWED_FOR_CONNECTION;
     }
-    else if (stages[call->stage].in_message ||
-             (call->stage == UNKNOWN && call->context->in_message &&
-              call->context->debt == NOTHING_OWED)) {
+    else if (stages[call->stage].in_message) {
         call->context->debt = OWED_FOR_MESSAGE;
     }
     else {
-        return;
+        return; /* an unknown command, which is no part of a message */
     }
     call->context->owed = verdict;
 }

@@ -235,6 +235,18 @@ def test_an_exception_in_an_unknown_command_leaves_no_debt(silent_at: Callable[.
     assert each.log().count("exception in the unknown callback") == 1
 
 
+def test_an_unknown_command_is_no_part_of_the_message(silent_at: Callable[..., Any]) -> None:
+    with session(silent_at("unknown"), unknown="raise ValueError(tag)") as each:
+        each.connect()
+        each.mta.helo("h")
+        each.mta.mail("<a@b>")
+        each.mta.unknown("XBOGUS")
+        each.mta.rcpt("<c@d>")
+        each.mta.data()
+        assert each.content().verdict is Verdict.CONTINUE
+    assert each.log().count("exception in the unknown callback") == 1
+
+
 def test_no_abort_for_a_message_that_the_application_never_saw(
     silent_at: Callable[..., Any],
 ) -> None:
