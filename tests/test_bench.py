@@ -251,7 +251,7 @@ def test_it_measures_from_end_to_end(programs: Path, tmp_path: Path) -> None:
     )
     done = bench(
         *("--subjects", "floor,ours", "--only", "noop/unix/1,noop/tcp/4,churn,big,block,idle"),
-        *("--subject", f"again={sys.executable}", "--quick", "--rounds", "1", "--seconds", "0.2"),
+        *("--subject", f"again={sys.executable}", "--quick", "--rounds", "1", "--seconds", "0.5"),
         *("--build", programs, "--json", written, "--update-docs", page),
     )
     assert done.returncode == 0, done.stderr
@@ -289,7 +289,7 @@ def test_it_measures_from_end_to_end(programs: Path, tmp_path: Path) -> None:
 
 def test_parsing_is_checked_too(programs: Path) -> None:
     done = bench(
-        *("--subjects", "ours", "--only", "parse/unix/1", "--rounds", "1", "--seconds", "0.3"),
+        *("--subjects", "ours", "--only", "parse/unix/1", "--rounds", "1", "--seconds", "1"),
         *("--build", programs),
     )
     assert done.returncode == 0, done.stderr
