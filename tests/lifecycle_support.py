@@ -127,9 +127,11 @@ def at_once(took: float) -> bool:
     """Whether an idle filter stopped as fast as it has to: in half a second.
 
     Where more than the processors can do is going on, or the filter runs under a tool that slows it
-    down, it only has to be clearly faster than libmilter itself, which takes up to five seconds.
+    down, it only has to be faster than libmilter itself, which takes up to five seconds.
     """
-    busy = os.getloadavg()[0] > 1.25 * (os.cpu_count() or 1) or "TEST_PATIENCE" in os.environ
+    if "TEST_PATIENCE" in os.environ:
+        return took < 4.5
+    busy = os.getloadavg()[0] > 1.25 * (os.cpu_count() or 1)
     return took < (2.5 if busy else 0.5)
 
 
