@@ -270,7 +270,8 @@ class _Supervisor:
         for worker in self._workers:
             if worker.pid:
                 self._reap(worker)
-        self._stop = self._stop or milter._stop_state()[0]
+        if milter._stop_state()[0]:  # no `or`: a signal in the middle of it would be lost
+            self._stop = True
         if self._stop and not self._stopping:
             self._begin_to_stop()
         now = time.monotonic()

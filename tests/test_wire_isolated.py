@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import WAIT
+
 ISOLATED = Path(__file__).with_name("isolated")
 
 
@@ -18,7 +22,7 @@ def test_isolated(script: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=110,
+        timeout=5.5 * WAIT,
         check=False,
     )
     assert done.returncode == 0, done.stdout

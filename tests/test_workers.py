@@ -460,6 +460,13 @@ def test_signals_drain_all(run_filter, directory, where, number):
         mta.close()
 
 
+def test_a_signal_while_the_supervisor_looks_is_not_lost(run_filter):
+    filter_ = run_filter("k_filter", "--end-in-the-middle")
+    workers_of(filter_, 2)
+    filter_.process.send_signal(signal.SIGUSR1)
+    assert filter_.wait() == 0, filter_.output
+
+
 def test_a_worker_that_does_not_end_is_killed_and_reported(run_filter):
     filter_ = run_filter("k_filter", "--init", "hang", "--drain", "0")
     filter_.wait_for("init in", 2)

@@ -103,6 +103,21 @@ def handle(name: str, action: str) -> None:
     signal.signal(getattr(signal, f"SIG{name}"), handler)
 
 
+def end_in_the_middle() -> None:
+    """Once SIGUSR1 has come, SIGTERM comes while the supervisor asks whether to stop."""
+    asked, told = milter._stop_state, []
+
+    def ask() -> tuple[bool, int, int]:
+        state = asked()
+        if told:
+            told.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    milter._stop_state = ask
+    signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("socket")
@@ -112,6 +127,7 @@ def main() -> None:
     parser.add_argument("--hold")
     parser.add_argument("--handle", nargs=2, action="append", default=[])
     parser.add_argument("--thread", action="store_true")
+    parser.add_argument("--end-in-the-middle", action="store_true")
     parser.add_argument("--pin", action="store_true")
     parser.add_argument("--uid", type=int)
     options = parser.parse_args()
@@ -124,6 +140,8 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(process)d %(name)s %(levelname)s %(message)s")
     for name, action in options.handle:
         handle(name, action)
+    if options.end_in_the_middle:
+        end_in_the_middle()
     if options.thread:
         threading.Thread(target=time.sleep, args=(60,), name="pool", daemon=True).start()
     Telling.options = options
