@@ -278,7 +278,8 @@ set_reply(Call *call, const char *code, const char *enhanced, const char *text)
 {
     int result;
 
-    if (call->context == NULL) {
+    if (call->context == NULL ||
+        strlen(code) + strlen(enhanced) + strlen(text) + 5 > filter.max_data) {
         return;
     }
     /* libmilter's prototype is not const; it copies.  A failure leaves the default reply. */
@@ -294,13 +295,13 @@ set_reply(Call *call, const char *code, const char *enhanced, const char *text)
 static void
 name_for_reply(const module_state *state, char *out)
 {
-    const char *name, *end = out + 4 * NAME_IN_REPLY - 1; /* room for two bytes and the NUL */
+    const char *name, *end = out + 4 * NAME_IN_REPLY; /* that the NUL still has room at */
     int characters = 0;
 
     LOCK_STATE();
     for (name = state->name != NULL ? state->name : "filter"; *name != '\0'; name++) {
         bool begins_character = ((unsigned char)*name & 0xC0) != 0x80;
-        if ((begins_character && characters++ == NAME_IN_REPLY) || out >= end) {
+        if ((begins_character && characters++ == NAME_IN_REPLY) || out + (*name == '%') >= end) {
             break;
         }
         if (*name == '%') {
@@ -531,7 +532,7 @@ report_exception(Call *call)
 static void
 take_policy(Call *call)
 {
-    module_state *state = filter.state;
+    module_state *state = call->context != NULL ? call->context->state : filter.state;
 
     count_exception(call->stage);
     if (PyErr_ExceptionMatches(PyExc_SystemExit) ||
@@ -633,7 +634,7 @@ take_verdict(Call *call, PyObject *result)
         why = why_no_verdict(call, verdict);
     }
     if (why != NULL) {
-        PyErr_Format(filter.state->error, "the %s callback returned %R: %s",
+        PyErr_Format(call->context->state->error, "the %s callback returned %R: %s",
                      stages[call->stage].name, result, why);
         return false;
     }
@@ -724,7 +725,7 @@ find_callback(Call *call)
     LOCK_STATE();
     call->callback = Py_XNewRef(state->callbacks[call->stage]);
     call->direct = call->callback != NULL && call->callback == state->shortcuts[call->stage] &&
-                   context->priv != NULL;
+                   context->priv != NULL && context->priv != Py_None;
     if (call->direct) {
         first = context->priv;
     }
@@ -859,7 +860,7 @@ end_forked_child(PyObject *result)
     call_at_end(module, "_run_exitfuncs");
     for (size_t i = 0; i < Py_ARRAY_LENGTH(streams); i++) {
         PyObject *stream = PySys_GetObject(streams[i]);
-        call_at_end(stream == Py_None ? NULL : stream, "flush");
+        call_at_end(stream == Py_None ? NULL : Py_XNewRef(stream), "flush");
     }
     _exit(status);
 }
@@ -899,6 +900,7 @@ detach(Call *call)
     if (!call->attached) {
         return verdict;
     }
+    end_forked_child(Py_None); /* forked by an exception hook, or by what an object's end runs */
     if (context != NULL) {
         if (call->stage == ABORT || (stages[call->stage].in_message && verdict != SMFIS_NOREPLY &&
                                      ends_message(call->stage, verdict))) {
@@ -1170,28 +1172,27 @@ steps_to_leave_out(const module_state *state)
     return steps;
 }
 
-/* Hand libmilter the macro lists that setsymlist() collected: it takes one list for a stage. */
+/* Hand libmilter the macro lists that setsymlist() collected: it takes one list for a stage.  In
+ * `any` whether there are any.  False with an exception set where it refuses one. */
 static bool
-send_symlists(ContextObject *context, PyObject *symlists)
+send_symlists(ContextObject *context, bool *any)
 {
-    PyObject *stage, *macros, *space, *joined;
-    Py_ssize_t position = 0;
     bool done = true;
 
-    while (symlists != NULL && done && PyDict_Next(symlists, &position, &stage, &macros)) {
-        space = PyBytes_FromString(" ");
-        joined = space == NULL ? NULL : PyObject_CallMethod(space, "join", "O", macros);
-        done = joined != NULL;
+    lock_context(context);
+    for (int stage = SMFIM_FIRST; stage <= SMFIM_LAST; stage++) {
+        char *macros = context->macros[stage];
+        *any = *any || macros != NULL;
         /* Older releases of libmilter refuse an empty list; then all macros come. */
-        if (done &&
-            smfi_setsymlist(context->handle, (int)PyLong_AsLong(stage),
-                            PyBytes_AS_STRING(joined)) != MI_SUCCESS &&
-            PyBytes_GET_SIZE(joined) > 0) {
-            PyErr_SetString(context->state->error, "smfi_setsymlist failed");
-            done = false;
+        if (macros != NULL && smfi_setsymlist(context->handle, stage, macros) != MI_SUCCESS) {
+            done = done && macros[0] == '\0';
         }
-        Py_XDECREF(joined);
-        Py_XDECREF(space);
+        free(macros);
+        context->macros[stage] = NULL;
+    }
+    pthread_mutex_unlock(&context->lock);
+    if (!done) {
+        PyErr_SetString(context->state->error, "smfi_setsymlist failed");
     }
     return done;
 }
@@ -1266,7 +1267,7 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     unsigned long values[4] = {actions, protocol, f2, f3};
     bool asked = begin(&call, handle, NEGOTIATE);
     ContextObject *context = call.context;
-    PyObject *symlists;
+    bool any_macros = false;
 
     if (context == NULL) {
         if (call.attached) {
@@ -1276,21 +1277,15 @@ on_negotiate(SMFICTX *handle, unsigned long actions, unsigned long protocol, uns
     }
     context->offered_actions = context->actions = actions;
     context->protocol = 0;
-    symlists = NULL;
-    if (asked) {
-        bool answered = ask_application(&call, values);
-        symlists = take_symlists(context);
-        if (!answered || !send_symlists(context, symlists)) {
-            take_policy(&call);
-        }
+    if (asked && (!ask_application(&call, values) || !send_symlists(context, &any_macros))) {
+        take_policy(&call);
     }
-    else {
+    else if (!asked) {
         values[0] = context->state->flags;
         values[1] = steps_to_leave_out(context->state);
     }
     /* libmilter ends the session where more is asked for than was offered. */
-    values[0] |= symlists != NULL ? SMFIF_SETSYMLIST : 0;
-    Py_XDECREF(symlists);
+    values[0] |= any_macros ? SMFIF_SETSYMLIST : 0;
     context->actions = *want_actions = values[0] & actions;
     context->protocol = *want_protocol = values[1] & protocol;
     *want_f2 = *want_f3 = 0;
@@ -1390,6 +1385,7 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
     if (before < 0) {
         return NULL;
     }
+    filter.state = state; /* the module may have been loaded anew since */
     if (atomic_load(&filter.stop_wanted)) {
         filter.phase = STOPPED;
         stop_listening(&local);
@@ -1400,7 +1396,8 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
         filter.phase = before;
         return NULL;
     }
-    if (open_pipe(state) < 0 || hook_interpreter(module, state) < 0) {
+    /* A signal that came meanwhile: nothing after this runs its handler by the way. */
+    if (open_pipe(state) < 0 || hook_interpreter(module, state) < 0 || PyErr_CheckSignals() < 0) {
         filter.phase = SOCKET_OPEN;
         return NULL;
     }
@@ -1503,12 +1500,12 @@ describe_filter(char *name)
 static PyObject *
 milter_register(PyObject *module, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"name", "unknown", "data", "negotiate", NULL};
+    static char *arguments[] = {"name", "unknown", "data", "negotiate", NULL};
     module_state *state = state_of(module);
     PyObject *name, *unknown = NULL, *data = NULL, *negotiate = NULL;
     char *copy;
 
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|OOO:register", names, &name, &unknown,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O|OOO:register", arguments, &name, &unknown,
                                      &data, &negotiate) ||
         !before_start(module, "register")) {
         return NULL;
@@ -2003,7 +2000,8 @@ milter_exec(PyObject *module)
 {
     module_state *state = state_of(module);
 
-    if (PyInterpreterState_Get() != PyInterpreterState_Main() || filter.phase == RUNNING) {
+    if (PyInterpreterState_Get() != PyInterpreterState_Main() || filter.phase == STARTING ||
+        filter.phase == RUNNING) {
         PyErr_SetString(PyExc_ImportError,
                         "milter works in the main interpreter only, and is not to be loaded anew "
                         "while main() runs: libmilter is one to a process");
@@ -2020,7 +2018,9 @@ milter_exec(PyObject *module)
         add_constants(module) < 0) {
         return -1;
     }
-    filter.state = state;
+    if (filter.state == NULL || filter.phase != STOPPED) { /* after that, callbacks still end */
+        filter.state = state;
+    }
     return 0;
 }
 

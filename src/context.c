@@ -5,17 +5,19 @@
 ContextObject *
 new_context(module_state *state, SMFICTX *handle, enum stage stage)
 {
-    ContextObject *self = (ContextObject *)state->context_type->tp_alloc(state->context_type, 0);
+    ContextObject *self = PyObject_GC_New(ContextObject, state->context_type);
 
     if (self == NULL) {
         return NULL;
     }
+    memset((char *)self + sizeof(PyObject), 0, sizeof *self - sizeof(PyObject));
     pthread_mutex_init(&self->lock, NULL);
     self->state = state;
     self->handle = handle;
     self->stage = OUTSIDE;
     self->offered_actions = self->actions = SMFI_CURR_ACTS;
     recall(self, stage);
+    PyObject_GC_Track(self); /* from here on gc.get_objects() shows it to other threads */
     return self;
 }
 
@@ -78,7 +80,6 @@ context_traverse(PyObject *op, visitproc visit, void *arg)
 
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(self->priv);
-    Py_VISIT(self->symlists);
     return 0;
 }
 
@@ -88,7 +89,6 @@ context_clear(PyObject *op)
     ContextObject *self = (ContextObject *)op;
 
     Py_CLEAR(self->priv);
-    Py_CLEAR(self->symlists);
     return 0;
 }
 
@@ -101,6 +101,9 @@ context_dealloc(PyObject *op)
     PyObject_GC_UnTrack(op);
     PyObject_ClearWeakRefs(op);
     context_clear(op);
+    for (int i = SMFIM_FIRST; i <= SMFIM_LAST; i++) {
+        free(self->macros[i]);
+    }
     pthread_mutex_destroy(&self->lock);
     free(self->client);
     type->tp_free(op);
@@ -120,6 +123,8 @@ typedef struct {
     int (*run)(SMFICTX *handle, void *operands);
 } Action;
 
+static const char a_fork[] = "this process is a fork of the filter, which alone answers the MTA";
+
 /* Why an action is refused now, or NULL.  Called with the context's lock held. */
 static const char *
 why_not(const ContextObject *self, const Action *action)
@@ -128,7 +133,7 @@ why_not(const ContextObject *self, const Action *action)
         return "bad context";
     }
     if (action->writes && atomic_load(&filter.forked)) {
-        return "this process is a fork of the filter, which alone answers the MTA";
+        return a_fork;
     }
     if (action->stage != ANY_CALLBACK && self->stage != action->stage) {
         return action->stage == EOM ? "only allowed in the eom callback"
@@ -145,25 +150,30 @@ why_not(const ContextObject *self, const Action *action)
 
 /* The one road to libmilter: lock the context, check, call, turn failure into an exception.  The
  * lock keeps the connection from being closed under a call from another thread; whoever waits
- * for it does so without the interpreter lock. */
+ * for it does so without the interpreter lock.  In a forked child nobody waits: the thread that
+ * holds it may not have been forked. */
 static bool
 perform(ContextObject *self, const Action *action, void *operands)
 {
     const char *why;
     int result = MI_FAILURE;
+    bool forked = atomic_load(&filter.forked);
+    bool locked = (forked || !action->writes) && pthread_mutex_trylock(&self->lock) == 0;
     bool in_turnstile = false;
     PyThreadState *saved = NULL;
 
-    if (action->writes || pthread_mutex_trylock(&self->lock) != 0) {
+    if (!locked && !forked) {
         saved = PyEval_SaveThread();
         in_turnstile = leave_turnstile();
-        pthread_mutex_lock(&self->lock);
+        locked = pthread_mutex_lock(&self->lock) == 0;
     }
-    why = why_not(self, action);
+    why = locked ? why_not(self, action) : a_fork;
     if (why == NULL) {
         result = action->run(self->handle, operands);
     }
-    pthread_mutex_unlock(&self->lock);
+    if (locked) {
+        pthread_mutex_unlock(&self->lock);
+    }
     if (saved != NULL && in_turnstile) {
         enter_turnstile();
         PyEval_RestoreThread(saved);
@@ -315,9 +325,63 @@ run_setreply(SMFICTX *handle, void *operands)
                            l[28], l[29], l[30], l[31], (char *)NULL);
 }
 
-static int
-run_nothing(SMFICTX *Py_UNUSED(handle), void *Py_UNUSED(operands))
+typedef struct {
+    ContextObject *context;
+    int stage;
+    const char *names;
+    bool not_offered, no_memory;
+} SymbolList;
+
+#define BLANKS " \t\v\f"
+
+static bool
+is_among(const char *list, const char *name, size_t size)
 {
+    size_t length;
+
+    for (; *list != '\0'; list += length + strspn(list + length, BLANKS)) {
+        length = strcspn(list, BLANKS);
+        if (length == size && memcmp(list, name, size) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Merge names into the list of a stage; libmilter, which takes one list for each, gets them when
+ * the callback has ended. */
+static int
+run_setsymlist(SMFICTX *Py_UNUSED(handle), void *operands)
+{
+    SymbolList *wanted = operands;
+    char **place = &wanted->context->macros[wanted->stage];
+    size_t have = *place == NULL ? 0 : strlen(*place);
+    const char *name = wanted->names + strspn(wanted->names, BLANKS);
+    size_t size;
+    char *list;
+
+    wanted->not_offered = (wanted->context->offered_actions & SMFIF_SETSYMLIST) == 0;
+    if (wanted->not_offered) {
+        return MI_FAILURE;
+    }
+    list = realloc(*place, have + strlen(name) + 2);
+    wanted->no_memory = list == NULL;
+    if (list == NULL) {
+        return MI_FAILURE;
+    }
+    list[have] = '\0';
+    for (; *name != '\0'; name += size + strspn(name + size, BLANKS)) {
+        size = strcspn(name, BLANKS);
+        if (!is_among(list, name, size)) {
+            if (have > 0) {
+                list[have++] = ' ';
+            }
+            memcpy(list + have, name, size);
+            have += size;
+            list[have] = '\0';
+        }
+    }
+    *place = list;
     return MI_SUCCESS;
 }
 
@@ -338,7 +402,8 @@ static const Action action_progress = {"smfi_progress", EOM, 0, NULL, true, run_
 static const Action action_getsymval = {"smfi_getsymval", ANY_CALLBACK, 0, NULL, false,
                                         run_getsymval};
 static const Action action_setreply = {"smfi_setreply", ANY_CALLBACK, 0, NULL, false, run_setreply};
-static const Action action_setsymlist = {"smfi_setsymlist", NEGOTIATE, 0, NULL, false, run_nothing};
+static const Action action_setsymlist = {"smfi_setsymlist", NEGOTIATE, 0, NULL, false,
+                                         run_setsymlist};
 #undef NEEDS
 
 static char *
@@ -349,13 +414,10 @@ string_of(PyObject *bytes)
 
 /* libmilter refuses a packet that is larger than the limit, and does not say why. */
 static bool
-fits_packet(ContextObject *self, const Action *action, PyObject *first, PyObject *second)
+fits_packet(ContextObject *self, const Action *action, size_t size)
 {
     size_t limit = filter.max_data;
-    size_t size = (size_t)PyBytes_GET_SIZE(first) + 1;
 
-    size += second == NULL ? 0 : (size_t)PyBytes_GET_SIZE(second) + 1;
-    size += sizeof(uint32_t); /* the index that some carry */
 #ifdef SMFIP_MDS_1M
     limit = self->protocol & SMFIP_MDS_1M     ? Py_MAX(limit, 1024 * 1024 - 1)
             : self->protocol & SMFIP_MDS_256K ? Py_MAX(limit, 256 * 1024 - 1)
@@ -376,9 +438,12 @@ static PyObject *
 perform_strings(ContextObject *self, const Action *action, PyObject *first, PyObject *second,
                 int index)
 {
+    size_t size = sizeof(uint32_t); /* the index that some carry */
     bool done = false;
 
-    if (first != NULL && !PyErr_Occurred() && fits_packet(self, action, first, second)) {
+    size += first == NULL ? 0 : (size_t)PyBytes_GET_SIZE(first) + 1;
+    size += second == NULL ? 0 : (size_t)PyBytes_GET_SIZE(second) + 1;
+    if (first != NULL && !PyErr_Occurred() && fits_packet(self, action, size)) {
         Strings strings = {string_of(first), string_of(second), index};
         done = perform(self, action, &strings);
     }
@@ -412,8 +477,9 @@ PyDoc_STRVAR(addheader_doc,
              "negotiated.  libmilter: smfi_addheader, smfi_insheader.");
 
 static PyObject *
-context_addheader(ContextObject *self, PyObject *args, PyObject *keywords)
+context_addheader(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"name", "value", "idx", NULL};
     PyObject *name, *value, *idx_object = NULL;
     long idx = -1;
@@ -442,8 +508,9 @@ PyDoc_STRVAR(chgheader_doc,
              "negotiated.  libmilter: smfi_chgheader.");
 
 static PyObject *
-context_chgheader(ContextObject *self, PyObject *args, PyObject *keywords)
+context_chgheader(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"name", "idx", "value", NULL};
     PyObject *name, *value, *idx_object;
     long number;
@@ -475,8 +542,9 @@ PyDoc_STRVAR(addrcpt_doc,
              "ADDRCPT_PAR) was not negotiated.  libmilter: smfi_addrcpt, smfi_addrcpt_par.");
 
 static PyObject *
-context_addrcpt(ContextObject *self, PyObject *args, PyObject *keywords)
+context_addrcpt(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"rcpt", "params", NULL};
     PyObject *rcpt, *params = Py_None;
 
@@ -499,8 +567,9 @@ PyDoc_STRVAR(delrcpt_doc,
              "negotiated.  libmilter: smfi_delrcpt.");
 
 static PyObject *
-context_delrcpt(ContextObject *self, PyObject *args, PyObject *keywords)
+context_delrcpt(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"rcpt", NULL};
     PyObject *rcpt;
 
@@ -520,8 +589,9 @@ PyDoc_STRVAR(
     "negotiated.  libmilter: smfi_chgfrom.");
 
 static PyObject *
-context_chgfrom(ContextObject *self, PyObject *args, PyObject *keywords)
+context_chgfrom(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"sender", "params", NULL};
     PyObject *sender, *params = Py_None;
 
@@ -544,8 +614,9 @@ PyDoc_STRVAR(
     "negotiated.  libmilter: smfi_quarantine.");
 
 static PyObject *
-context_quarantine(ContextObject *self, PyObject *args, PyObject *keywords)
+context_quarantine(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"reason", NULL};
     PyObject *reason;
 
@@ -563,8 +634,10 @@ PyDoc_STRVAR(
     "Raises error where the connection is broken.  libmilter: smfi_progress.");
 
 static PyObject *
-context_progress(ContextObject *self, PyObject *Py_UNUSED(ignored))
+context_progress(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
+    ContextObject *self = (ContextObject *)op;
+
     if (!perform(self, &action_progress, NULL)) {
         return NULL;
     }
@@ -579,8 +652,9 @@ PyDoc_STRVAR(replacebody_doc,
              "Raises error where CHGBODY was not negotiated.  libmilter: smfi_replacebody.");
 
 static PyObject *
-context_replacebody(ContextObject *self, PyObject *args, PyObject *keywords)
+context_replacebody(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"body", NULL};
     PyObject *body;
     Py_buffer buffer;
@@ -618,8 +692,9 @@ PyDoc_STRVAR(getsymval_doc,
              "letter.  libmilter: smfi_getsymval.");
 
 static PyObject *
-context_getsymval(ContextObject *self, PyObject *args, PyObject *keywords)
+context_getsymval(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"name", NULL};
     PyObject *name, *value;
     MacroLookup lookup = {0};
@@ -754,13 +829,15 @@ PyDoc_STRVAR(setreply_doc,
              "smfi_setmlreply.");
 
 static PyObject *
-context_setreply(ContextObject *self, PyObject *args, PyObject *keywords)
+context_setreply(PyObject *op, PyObject *args, PyObject *keywords)
 {
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"rcode", "xcode", "msg", NULL};
     PyObject *code = NULL, *enhanced = Py_None, *msg = Py_None, *head;
     PyObject *lines[MAX_REPLY_LINES] = {NULL};
     Reply reply = {0};
     Py_ssize_t given = PyTuple_GET_SIZE(args);
+    size_t size = 1;
     bool done = false;
 
     head = PyTuple_GetSlice(args, 0, 3);
@@ -789,10 +866,11 @@ context_setreply(ContextObject *self, PyObject *args, PyObject *keywords)
         }
         reply.lines[reply.count] = PyBytes_AS_STRING(lines[reply.count]);
         reply.count++;
+        size += strlen("550-5.7.100 \r\n") + (size_t)PyBytes_GET_SIZE(lines[reply.count - 1]);
     }
     reply.code = PyBytes_AS_STRING(code);
     reply.enhanced = string_of(enhanced);
-    done = perform(self, &action_setreply, &reply);
+    done = fits_packet(self, &action_setreply, size) && perform(self, &action_setreply, &reply);
     if (done) {
         self->reply_class = reply.code[0];
     }
@@ -814,69 +892,13 @@ PyDoc_STRVAR(
     "for one stage are merged.  sendmail takes at most five.\n\n"
     "Raises error where the MTA did not offer SETSYMLIST.  libmilter: smfi_setsymlist.");
 
-/* The list of a stage's macros, owned; made where there is none. */
 static PyObject *
-symlist_of(ContextObject *self, PyObject *stage)
+context_setsymlist(PyObject *op, PyObject *args, PyObject *keywords)
 {
-    PyObject *known;
-
-    if (self->symlists == NULL && (self->symlists = PyDict_New()) == NULL) {
-        return NULL;
-    }
-    known = PyDict_GetItemWithError(self->symlists, stage);
-    if (known != NULL || PyErr_Occurred()) {
-        return Py_XNewRef(known);
-    }
-    known = PyList_New(0);
-    if (known != NULL && PyDict_SetItem(self->symlists, stage, known) < 0) {
-        Py_CLEAR(known);
-    }
-    return known;
-}
-
-/* Merge macros, a bytes object, into the list of a stage. */
-static bool
-merge_symlist(ContextObject *self, PyObject *stage, PyObject *macros)
-{
-    PyObject *names = PyObject_CallMethod(macros, "split", NULL);
-    PyObject *known = NULL;
-    bool done = false;
-
-    if (names == NULL) {
-        return false;
-    }
-    Py_BEGIN_CRITICAL_SECTION(self);
-    known = symlist_of(self, stage);
-    done = known != NULL;
-    for (Py_ssize_t i = 0; done && i < PyList_GET_SIZE(names); i++) {
-        PyObject *name = PyList_GET_ITEM(names, i);
-        int there = PySequence_Contains(known, name);
-        done = there >= 0 && (there == 1 || PyList_Append(known, name) == 0);
-    }
-    Py_END_CRITICAL_SECTION();
-    Py_DECREF(names);
-    Py_XDECREF(known);
-    return done;
-}
-
-/* What setsymlist() collected, owned, or NULL. */
-PyObject *
-take_symlists(ContextObject *context)
-{
-    PyObject *symlists;
-
-    Py_BEGIN_CRITICAL_SECTION(context);
-    symlists = context->symlists;
-    context->symlists = NULL;
-    Py_END_CRITICAL_SECTION();
-    return symlists;
-}
-
-static PyObject *
-context_setsymlist(ContextObject *self, PyObject *args, PyObject *keywords)
-{
+    ContextObject *self = (ContextObject *)op;
     static char *names[] = {"stage", "macros", NULL};
     PyObject *stage, *macros;
+    SymbolList wanted = {.context = self};
     long number;
     bool done;
 
@@ -894,12 +916,15 @@ context_setsymlist(ContextObject *self, PyObject *args, PyObject *keywords)
     if (macros == NULL) {
         return NULL;
     }
-    done = perform(self, &action_setsymlist, NULL);
-    if (done && (self->offered_actions & SMFIF_SETSYMLIST) == 0) {
+    wanted.stage = (int)number;
+    wanted.names = PyBytes_AS_STRING(macros);
+    done = perform(self, &action_setsymlist, &wanted);
+    if (wanted.not_offered) {
         PyErr_SetString(self->state->error, "smfi_setsymlist: the MTA did not offer SETSYMLIST");
-        done = false;
     }
-    done = done && merge_symlist(self, stage, macros);
+    else if (wanted.no_memory) {
+        PyErr_NoMemory();
+    }
     Py_DECREF(macros);
     return done ? Py_NewRef(Py_None) : NULL;
 }
@@ -916,8 +941,9 @@ PyDoc_STRVAR(setpriv_doc,
              "Keep an object for this connection; returns the one that it replaces, or None.");
 
 static PyObject *
-context_setpriv(ContextObject *self, PyObject *priv)
+context_setpriv(PyObject *op, PyObject *priv)
 {
+    ContextObject *self = (ContextObject *)op;
     PyObject *old = NULL;
     bool open;
 
@@ -938,8 +964,9 @@ PyDoc_STRVAR(getpriv_doc, "getpriv($self, /)\n--\n\n"
                           "The object that setpriv() kept for this connection, or None.");
 
 static PyObject *
-context_getpriv(ContextObject *self, PyObject *Py_UNUSED(ignored))
+context_getpriv(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
+    ContextObject *self = (ContextObject *)op;
     PyObject *priv;
 
     if (self->handle == NULL) {
@@ -952,14 +979,18 @@ context_getpriv(ContextObject *self, PyObject *Py_UNUSED(ignored))
 }
 
 static PyObject *
-context_actions(ContextObject *self, void *Py_UNUSED(closure))
+context_actions(PyObject *op, void *Py_UNUSED(closure))
 {
+    ContextObject *self = (ContextObject *)op;
+
     return PyLong_FromUnsignedLong(self->actions);
 }
 
 static PyObject *
-context_protocol(ContextObject *self, void *Py_UNUSED(closure))
+context_protocol(PyObject *op, void *Py_UNUSED(closure))
 {
+    ContextObject *self = (ContextObject *)op;
+
     return PyLong_FromUnsignedLong(self->protocol);
 }
 
@@ -980,16 +1011,16 @@ static PyMethodDef context_methods[] = {
     KEYWORD_METHOD(replacebody),
     KEYWORD_METHOD(setreply),
     KEYWORD_METHOD(setsymlist),
-    {"getpriv", (PyCFunction)context_getpriv, METH_NOARGS, getpriv_doc},
-    {"progress", (PyCFunction)context_progress, METH_NOARGS, progress_doc},
-    {"setpriv", (PyCFunction)context_setpriv, METH_O, setpriv_doc},
+    {"getpriv", context_getpriv, METH_NOARGS, getpriv_doc},
+    {"progress", context_progress, METH_NOARGS, progress_doc},
+    {"setpriv", context_setpriv, METH_O, setpriv_doc},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef context_getters[] = {
-    {"actions", (getter)context_actions, NULL,
+    {"actions", context_actions, NULL,
      "The actions agreed with the MTA, such as ADDHDRS and CHGBODY.", NULL},
-    {"protocol", (getter)context_protocol, NULL,
+    {"protocol", context_protocol, NULL,
      "The protocol steps agreed with the MTA, such as P_SKIP and P_NR_HDR.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

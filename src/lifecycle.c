@@ -192,6 +192,9 @@ start_libmilter(module_state *state)
 bool
 open_wake_pipe(int ends[2])
 {
+#ifdef SOCK_CLOEXEC /* where there is this, there is also pipe2() */
+    return pipe2(ends, O_NONBLOCK | O_CLOEXEC) == 0;
+#else
     if (pipe(ends) < 0) {
         return false;
     }
@@ -200,6 +203,7 @@ open_wake_pipe(int ends[2])
         fcntl(ends[i], F_SETFD, FD_CLOEXEC);
     }
     return true;
+#endif
 }
 
 int
@@ -221,6 +225,12 @@ open_pipe(module_state *state)
     return hooked ? 0 : raise_os_error(state, EAGAIN, "cannot prepare", "threads", "");
 }
 
+static bool
+main_runs(void)
+{
+    return filter.phase == STARTING || filter.phase == RUNNING;
+}
+
 /* Registered with atexit: the interpreter goes, libmilter's threads stay.  A filter that runs
  * on another thread drains first; then nobody enters Python any more. */
 PyObject *
@@ -229,9 +239,13 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
     module_state *state = PyModule_GetState(module);
     double deadline = monotonic_now() + drain_seconds() + CLOSE_SECONDS + 1;
 
-    if (filter.phase == RUNNING) {
+    if (main_runs()) {
         atomic_store(&filter.stop_wanted, true);
-        while (filter.phase == RUNNING && monotonic_now() < deadline) {
+        while (main_runs() && monotonic_now() < deadline) {
+            if (PyErr_CheckSignals() < 0) {
+                stop_with_exception(state); /* enough of waiting */
+                break;
+            }
             wake_main();
             Py_BEGIN_ALLOW_THREADS
             usleep(5000); /* main() has the pipe; it is not for two readers */
@@ -341,14 +355,11 @@ stops_all(module_state *state)
 int
 run_filter(module_state *state)
 {
-    bool main_thread = in_main_thread();
+    bool main_thread = borrow_wakeup_fd();
     PyObject *failure = NULL;
     int started;
 
     take_signals(main_thread);
-    if (main_thread) {
-        borrow_wakeup_fd();
-    }
     filter.phase = RUNNING;
     reserve_descriptors();
     started = start_libmilter(state);

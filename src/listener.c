@@ -13,17 +13,23 @@
 int
 raise_os_error(module_state *state, int code, const char *what, const char *where, const char *mend)
 {
-    PyObject *cause = PyObject_CallFunction(PyExc_OSError, "is", code, strerror(code));
-    PyObject *error;
+    /* In the words, and the encoding, of the locale. */
+    PyObject *reason = PyUnicode_DecodeLocale(strerror(code), "surrogateescape");
+    PyObject *hint = PyUnicode_DecodeLocale(mend, "surrogateescape");
+    PyObject *cause = NULL, *error;
 
-    if (cause == NULL) {
-        return -1;
+    if (reason != NULL && hint != NULL) {
+        cause = PyObject_CallFunction(PyExc_OSError, "iO", code, reason);
     }
-    PyErr_Format(state->error, "%s %s: %s%s%s", what, where, strerror(code),
-                 mend[0] != '\0' ? ": " : "", mend);
-    error = take_exception();
-    PyException_SetCause(error, cause);
-    raise_exception(error);
+    if (cause != NULL) {
+        PyErr_Format(state->error, "%s %s: %U%s%U", what, where, reason,
+                     mend[0] != '\0' ? ": " : "", hint);
+        error = take_exception();
+        PyException_SetCause(error, cause);
+        raise_exception(error);
+    }
+    Py_XDECREF(reason);
+    Py_XDECREF(hint);
     return -1;
 }
 
@@ -100,7 +106,9 @@ parse_conn(const char *conn, Address *address, char *advice, size_t advice_size)
     case UNIX_SOCKET:
         return *address->rest == '\0' ? "the path is missing" : NULL;
     case INHERITED_SOCKET:
-        return all_digits(address->rest, strlen(address->rest)) ? NULL : "fd: needs a number";
+        return all_digits(address->rest, strlen(address->rest)) && strlen(address->rest) < 10
+                   ? NULL
+                   : "fd: needs the number of a descriptor";
     default:
         return parse_inet(address, advice, advice_size);
     }
@@ -297,7 +305,8 @@ raise_inet_failure(module_state *state, const Address *address)
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE};
     struct addrinfo *list = NULL;
     char port[64], host[NI_MAXHOST] = "";
-    int code;
+    bool known;
+    int code = 0;
 
     hints.ai_family = address->kind == INET6_SOCKET ? AF_INET6 : AF_INET;
     snprintf(port, sizeof port, "%.*s", (int)address->port_size, address->rest);
@@ -307,11 +316,16 @@ raise_inet_failure(module_state *state, const Address *address)
         snprintf(host, sizeof host, "%.*s", (int)(bracketed ? size - 2 : size),
                  address->host + bracketed);
     }
-    if (!all_digits(port, strlen(port)) && getservbyname(port, "tcp") == NULL) {
+    Py_BEGIN_ALLOW_THREADS /* the resolver may take its time */
+    known = all_digits(port, strlen(port)) || getservbyname(port, "tcp") != NULL;
+    if (known) {
+        code = getaddrinfo(host[0] != '\0' ? host : NULL, port, &hints, &list);
+    }
+    Py_END_ALLOW_THREADS
+    if (!known) {
         return raise_os_error(state, EINVAL, "cannot listen on", filter.conn,
                               "there is no TCP service of that name");
     }
-    code = getaddrinfo(host[0] != '\0' ? host : NULL, port, &hints, &list);
     if (code != 0) {
         return raise_os_error(state, EADDRNOTAVAIL, "cannot listen on", filter.conn,
                               gai_strerror(code));
@@ -446,11 +460,21 @@ release_descriptors(void)
     dummy = spare = -1;
 }
 
-/* Have `spare` stand for what another descriptor stands for. */
+/* Have `fd` stand for what `source` stands for; a child that is started meanwhile has neither. */
+static bool
+replace_descriptor(int source, int fd)
+{
+#ifdef SOCK_CLOEXEC /* where there is this, there is also dup3() */
+    return dup3(source, fd, O_CLOEXEC) >= 0;
+#else
+    return dup2(source, fd) >= 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) == 0;
+#endif
+}
+
 static bool
 hold_in_spare(int fd)
 {
-    return spare >= 0 && dup2(fd, spare) >= 0 && fcntl(spare, F_SETFD, FD_CLOEXEC) == 0;
+    return spare >= 0 && replace_descriptor(fd, spare);
 }
 
 void
@@ -594,8 +618,7 @@ stop_listening(LocalAddress *local)
         reserve_descriptors(); /* stopped before it has served, or a supervisor */
     }
     alone = filter.kind != INHERITED_SOCKET && !others_listen() && hold_in_spare(filter.listener);
-    if (dummy >= 0 && dup2(dummy, filter.listener) >= 0) {
-        fcntl(filter.listener, F_SETFD, FD_CLOEXEC);
+    if (dummy >= 0 && replace_descriptor(dummy, filter.listener)) {
         if (alone) {
             shutdown(spare, SHUT_RD);
         }

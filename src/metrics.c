@@ -49,8 +49,15 @@ typedef struct {
 } Counters;
 
 atomic_bool counting;
-static Counters *counters; /* NULL until counting is first wanted */
+static _Atomic(Counters *) counters; /* NULL until counting is first wanted */
 static int own_place;
+
+static Place *
+places(void)
+{
+    /* Who asks has seen `counting` set, which comes after this. */
+    return atomic_load_explicit(&counters, memory_order_relaxed)->places;
+}
 
 static Shard *
 own_shard(void)
@@ -62,9 +69,9 @@ own_shard(void)
     if (number == 0) {
         number = atomic_fetch_add(&next, 1) % SHARDS + 1;
     }
-    return &counters->places[own_place].shards[number - 1];
+    return &places()[own_place].shards[number - 1];
 #else
-    return counters->places[own_place].shards;
+    return places()[own_place].shards;
 #endif
 }
 
@@ -172,19 +179,21 @@ void
 take_place_for_counting(int number)
 {
     Shard sum = {0};
+    atomic_int *shared;
     int used;
 
     if (number >= PLACES) {
         return;
     }
     own_place = number;
-    if (counters == NULL) {
+    if (atomic_load(&counters) == NULL) {
         return; /* what is counted here later is for this process only */
     }
-    add_place(&sum, &counters->places[number]);
-    counters->places[number].lost = sum.connections - calls_of(&sum.stages[CLOSE]);
-    used = atomic_load(&counters->used);
-    while (used < number && !atomic_compare_exchange_weak(&counters->used, &used, number)) {
+    add_place(&sum, &places()[number]);
+    places()[number].lost = sum.connections - calls_of(&sum.stages[CLOSE]);
+    shared = &atomic_load(&counters)->used;
+    used = atomic_load(shared);
+    while (used < number && !atomic_compare_exchange_weak(shared, &used, number)) {
     }
 }
 
@@ -232,16 +241,19 @@ switch_counting(PyObject *module, PyObject *value)
     if (on < 0) {
         return NULL;
     }
-    if (on && counters == NULL) {
-        void *memory =
+    if (on && atomic_load(&counters) == NULL) {
+        Counters *none = NULL;
+        Counters *memory =
             mmap(NULL, sizeof(Counters), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) {
             raise_os_error(PyModule_GetState(module), errno, "cannot share memory", "for metrics",
                            "");
             return NULL;
         }
-        counters = memory;
-        atomic_store(&counters->used, own_place);
+        atomic_store(&memory->used, own_place);
+        if (!atomic_compare_exchange_strong(&counters, &none, memory)) {
+            munmap(memory, sizeof(Counters)); /* another thread was first */
+        }
     }
     return PyBool_FromLong(atomic_exchange(&counting, on));
 }
@@ -252,12 +264,13 @@ switch_counting(PyObject *module, PyObject *value)
 PyObject *
 counters_snapshot(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
+    Counters *shared = atomic_load(&counters);
     Shard sum = {0};
     uint64_t lost = 0, gone;
 
-    for (int i = 0; counters != NULL && i <= atomic_load(&counters->used); i++) {
-        add_place(&sum, &counters->places[i]);
-        lost += look_at(&counters->places[i].lost);
+    for (int i = 0; shared != NULL && i <= atomic_load(&shared->used); i++) {
+        add_place(&sum, &shared->places[i]);
+        lost += look_at(&shared->places[i].lost);
     }
     gone = lost + calls_of(&sum.stages[CLOSE]);
     return Py_BuildValue("{sKsKsKsisN}", "connections", (unsigned long long)sum.connections, "open",

@@ -192,12 +192,12 @@ typedef struct {
     PyObject_HEAD
     PyObject *weakrefs;
     PyObject *priv;      /* setpriv(): the application's object */
-    PyObject *symlists;  /* {stage: [macro, ...]} during negotiation, else NULL */
     module_state *state; /* borrowed: the type keeps the module alive */
 
-    pthread_mutex_t lock;      /* guards what follows, and libmilter's context itself */
-    _Atomic(SMFICTX *) handle; /* NULL once the connection is closed */
-    int stage;                 /* which callback runs now */
+    pthread_mutex_t lock;         /* guards what follows, and libmilter's context itself */
+    _Atomic(SMFICTX *) handle;    /* NULL once the connection is closed */
+    int stage;                    /* which callback runs now */
+    char *macros[SMFIM_LAST + 1]; /* by stage, what setsymlist() asked for, or NULL */
 
     atomic_ulong offered_actions;
     atomic_ulong actions;    /* SMFIF_*, agreed with the MTA */
@@ -246,7 +246,6 @@ bool prepare_threads(void);
 void stop_with_exception(module_state *state);
 void end_message(ContextObject *context);
 PyObject *swap_priv(ContextObject *context, PyObject *priv);
-PyObject *take_symlists(ContextObject *context);
 void lock_context(ContextObject *context);
 void remember(const ContextObject *context);
 void recall(ContextObject *context, enum stage stage);
@@ -309,8 +308,7 @@ void stop_listening(LocalAddress *local);
 void take_signals(bool on_main_thread);
 void give_back_signals(void);
 void take_put_off_action(void);
-bool in_main_thread(void);
-void borrow_wakeup_fd(void);
+bool borrow_wakeup_fd(void);
 void return_wakeup_fd(void);
 void forward_signals(const char *bytes, ssize_t count);
 int take_free_signal(const struct sigaction *action);

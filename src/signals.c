@@ -111,7 +111,7 @@ is_default_action(int number, const struct sigaction *action)
     if (action->sa_handler == SIG_IGN || number != SIGINT) {
         return false;
     }
-    module = PyImport_ImportModule("signal");
+    module = PyImport_ImportModule("_signal"); /* in C: no handler runs, and raises, in its calls */
     if (module != NULL) {
         handler = PyObject_CallMethod(module, "getsignal", "i", number);
     }
@@ -175,61 +175,51 @@ take_put_off_action(void)
 
 /* ------------------------------------------------------------ Python's signals */
 
-bool
-in_main_thread(void)
-{
-    PyObject *threading = PyImport_ImportModule("threading");
-    PyObject *thread =
-        threading == NULL ? NULL : PyObject_CallMethod(threading, "main_thread", NULL);
-    PyObject *ident = thread == NULL ? NULL : PyObject_GetAttrString(thread, "ident");
-    bool same = ident != NULL && PyLong_Check(ident) &&
-                PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
-
-    PyErr_Clear();
-    Py_XDECREF(ident);
-    Py_XDECREF(thread);
-    Py_XDECREF(threading);
-    return same;
-}
-
 /* Python's own C handler of signals writes their numbers to this descriptor: a signal whose
- * handler is in Python wakes main() whichever thread it arrives on.  Returns the one before. */
-static int
-set_wakeup_fd(int fd, bool warn)
+ * handler is in Python wakes main() whichever thread it arrives on.  The one before in `before`.
+ * False with an exception set; no Python code, and so no handler, runs. */
+static bool
+set_wakeup_fd(int fd, bool warn, int *before)
 {
-    PyObject *module = PyImport_ImportModule("signal");
+    PyObject *module = PyImport_ImportModule("_signal");
     PyObject *function = NULL, *args = NULL, *keywords = NULL, *old = NULL;
-    int before = -1;
 
     if (module != NULL && (function = PyObject_GetAttrString(module, "set_wakeup_fd")) != NULL &&
         (args = Py_BuildValue("(i)", fd)) != NULL &&
         (keywords = Py_BuildValue("{sO}", "warn_on_full_buffer", warn ? Py_True : Py_False)) !=
             NULL &&
         (old = PyObject_Call(function, args, keywords)) != NULL) {
-        before = (int)PyLong_AsLong(old);
+        *before = (int)PyLong_AsLong(old);
     }
-    PyErr_Clear(); /* the application's descriptor may be closed by now */
-    Py_XDECREF(old);
     Py_XDECREF(keywords);
     Py_XDECREF(args);
     Py_XDECREF(function);
     Py_XDECREF(module);
-    return before;
+    Py_XDECREF(old);
+    return old != NULL;
 }
 
-void
+/* Also tells whether this is the main thread: on another one CPython refuses, by ValueError. */
+bool
 borrow_wakeup_fd(void)
 {
-    filter.wakeup_before = set_wakeup_fd(filter.pipe[1], false);
-    filter.wakeup_set = true;
+    bool main_thread;
+
+    filter.wakeup_set = set_wakeup_fd(filter.pipe[1], false, &filter.wakeup_before);
+    main_thread = filter.wakeup_set || !PyErr_ExceptionMatches(PyExc_ValueError);
+    PyErr_Clear();
+    return main_thread;
 }
 
 void
 return_wakeup_fd(void)
 {
     if (filter.wakeup_set) {
+        int ours;
         filter.wakeup_set = false;
-        set_wakeup_fd(filter.wakeup_before, true);
+        if (!set_wakeup_fd(filter.wakeup_before, true, &ours)) {
+            PyErr_Clear(); /* the application's descriptor may be closed by now */
+        }
     }
 }
 

@@ -76,8 +76,11 @@ int
 refuse(module_state *state, const char *call, const char *argument, const char *rule,
        PyObject *value)
 {
-    PyObject *shown = PyObject_Repr(value);
+    bool plain = PyUnicode_CheckExact(value) || PyBytes_CheckExact(value);
+    PyObject *part = plain ? PySequence_GetSlice(value, 0, 80) : Py_NewRef(value);
+    PyObject *shown = part == NULL ? NULL : PyObject_Repr(part);
 
+    Py_XDECREF(part);
     if (shown != NULL && PyUnicode_GetLength(shown) > 80) {
         PyObject *start = PyUnicode_Substring(shown, 0, 77);
         Py_XSETREF(shown, start == NULL ? NULL : PyUnicode_FromFormat("%U...", start));
@@ -111,8 +114,11 @@ text_argument(module_state *state, const char *call, const char *argument, PyObj
     if (PyUnicode_Check(value)) {
         bytes = encode_text(state, call, argument, value);
     }
-    else if (PyBytes_Check(value)) {
+    else if (PyBytes_CheckExact(value)) {
         bytes = Py_NewRef(value);
+    }
+    else if (PyBytes_Check(value)) { /* without the methods of a subclass */
+        bytes = PyBytes_FromStringAndSize(PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value));
     }
     else {
         PyErr_Format(PyExc_TypeError, "%s: %s must be str or bytes, not %.100s", call, argument,
@@ -222,26 +228,44 @@ header_value_argument(module_state *state, const char *call, PyObject *value)
     return folded;
 }
 
+/* What logging takes as exc_info; an exception alone may be false by its own __bool__. */
+static PyObject *
+info_of(PyObject *exception)
+{
+    PyObject *traceback = PyException_GetTraceback(exception);
+    PyObject *info =
+        PyTuple_Pack(3, Py_TYPE(exception), exception, traceback != NULL ? traceback : Py_None);
+
+    Py_XDECREF(traceback);
+    return info;
+}
+
 /* Write a record to the logger `milter`.  Never leaves an exception behind: it is called where
- * nobody could handle one.  `exception` may be NULL. */
+ * nobody could handle one; sys.exit() in a handler of the log stops the filter, as in a callback.
+ * `exception` may be NULL. */
 void
 log_record(const char *method, PyObject *message, PyObject *exception)
 {
     PyObject *logging = NULL, *logger = NULL, *log = NULL, *args = NULL, *keywords = NULL;
-    PyObject *done = NULL;
+    PyObject *info = NULL, *done = NULL;
 
     if (message != NULL && (logging = PyImport_ImportModule("logging")) != NULL &&
         (logger = PyObject_CallMethod(logging, "getLogger", "s", "milter")) != NULL &&
         (log = PyObject_GetAttrString(logger, method)) != NULL &&
         (args = Py_BuildValue("(sO)", "%s", message)) != NULL &&
         (keywords = PyDict_New()) != NULL &&
-        (exception == NULL || PyDict_SetItemString(keywords, "exc_info", exception) == 0)) {
+        (exception == NULL || ((info = info_of(exception)) != NULL &&
+                               PyDict_SetItemString(keywords, "exc_info", info) == 0))) {
         done = PyObject_Call(log, args, keywords);
     }
-    if (done == NULL) {
+    if (done == NULL && !PyErr_ExceptionMatches(PyExc_Exception)) {
+        stop_with_exception(filter.state);
+    }
+    else if (done == NULL) {
         PyErr_WriteUnraisable(message);
     }
     Py_XDECREF(done);
+    Py_XDECREF(info);
     Py_XDECREF(keywords);
     Py_XDECREF(args);
     Py_XDECREF(log);
