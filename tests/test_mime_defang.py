@@ -7,6 +7,7 @@ import binascii
 import io
 import socket
 import time
+import unicodedata
 import zipfile
 
 import pytest
@@ -375,6 +376,36 @@ def test_time_is_bounded(monkeypatch):
     msg = read(attached(zipped("a.txt")))
     mime.check_name(msg, scan_zip=True)
     assert "named 'x.zip'" in msg.get_payload()
+
+
+def seconds(function, argument, runs=3):
+    """The least time that a call takes."""
+    best = 1e9
+    for _ in range(runs):
+        began = time.process_time()
+        function(argument)
+        best = min(best, time.process_time() - began)
+    return best
+
+
+def takes_linear_time(function, make, size):
+    """Whether four times the input takes about four times as long; quadratic time takes 16."""
+    return seconds(function, make(4 * size)) <= 8 * seconds(function, make(size)) + 0.05
+
+
+def test_names_of_combining_marks_take_linear_time():
+    def marks(size):
+        return "a" + "\u0301" * (size // 2) + "\u0323" * (size // 2)
+
+    assert takes_linear_time(mime.check_ext, marks, 8_000)
+    assert takes_linear_time(mime._bad_css, marks, 8_000)
+
+
+def test_compatibility_forms_are_the_ascii_that_nfkc_makes_of_them():
+    every = [chr(c) for c in range(0x80, 0x30000)]
+    for char in every:
+        assert mime._compatible(f"a{char}z") == "a" + unicodedata.normalize("NFKC", char) + "z"
+    assert mime.check_ext("a.\uff45\u24e7\U0001d41e")
 
 
 def test_exceeded_bounds_are_logged(caplog):
