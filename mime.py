@@ -51,6 +51,7 @@ from email.message import Message
 from typing import Any, BinaryIO, Protocol
 
 from Milter.sgmllib import SGMLParser, iter_attributes
+from Milter.utils import _charset
 
 __all__ = [
     "HTMLScriptFilter",
@@ -204,7 +205,7 @@ def _to_text(data: bytes, charset: str = "utf-8") -> str:
     """Bytes as text under whatever name of a charset the mail gives; never fails."""
     for name in (charset, "utf-8"):
         try:
-            return str(data, name)
+            return str(data, _charset(name))
         except (LookupError, ValueError):  # unknown, no text encoding, or it does not fit
             continue
     return data.decode("latin-1")
@@ -665,7 +666,7 @@ class MimeMessage(Message):
         if i is None and not decode and isinstance(payload, str) and not payload.isascii():
             data = _as_bytes(payload)
             try:
-                return data.decode(self.get_content_charset("ascii"), "replace")
+                return data.decode(_charset(self.get_content_charset("ascii")), "replace")
             except (LookupError, ValueError):
                 return data.decode("ascii", "replace")
         return super().get_payload(i, decode)  # type: ignore[call-overload]
@@ -828,7 +829,7 @@ class MimeMessage(Message):
             pass
         declared = self.get_content_charset()
         try:
-            return _as_str(text.encode(declared or "utf-8"))
+            return _as_str(text.encode(_charset(declared or "utf-8")))
         except (LookupError, ValueError):
             declared = None
         finally:
@@ -1691,6 +1692,7 @@ def _html_charset(data: bytes, declared: str | None) -> str:
         return "latin-1"
     probe = "<script>=\"&;/'"
     try:
+        declared = _charset(declared)
         plain = probe.encode(declared) == probe.encode("ascii")
         if plain and not _STATEFUL.search(declared):
             return "latin-1"
