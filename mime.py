@@ -26,6 +26,7 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
 `MAX_UNPACKED`      100 MiB   bytes unpacked from the archives of one message
 `MAX_ZIP_DEPTH`     5         zips within each other
 `MAX_ZIP_NAMES`     10,000    names in one zip
+`MAX_ZIP_NAME`      4,096     bytes, or characters, in one of these names
 =================== ========= ===================================================================
 """
 
@@ -78,6 +79,7 @@ MAX_SECONDS = 30.0
 MAX_UNPACKED = 100 * 1024 * 1024
 MAX_ZIP_DEPTH = 5
 MAX_ZIP_NAMES = 10_000
+MAX_ZIP_NAME = 4_096
 
 bad_extensions = [
     *(".ade", ".adp", ".asd", ".asx", ".asp", ".bas", ".bat", ".chm", ".cmd", ".com", ".cpl"),
@@ -1170,6 +1172,7 @@ _ZIP_TYPES = {
     *("application/zip", "application/x-zip", "application/x-zip-compressed"),
     *("application/zip-compressed", "multipart/x-zip"),
 }
+_ZIP_METHODS = {bytes((method, 0)) for method in (*range(21), *range(93, 100))}  # APPNOTE 4.4.5
 _UNICODE_PATH = 0x7075
 _HIDDEN_DIRECTORY = 0x2000  # flag bit 13: names masked by central directory encryption
 
@@ -1206,30 +1209,47 @@ def _scan_zip(data: bytes, depth: int, names: list[str], budget: _Budget) -> Non
         raise zipfile.BadZipFile("does not begin as a zip does")
     if data.count(b"PK\x01\x02") + len(names) > MAX_ZIP_NAMES:
         raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
-    names.extend(_local_names(data))
+    names.extend(_local_names(data, budget))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
             if info.flag_bits & _HIDDEN_DIRECTORY:
                 raise _ZipLimit("names are encrypted")
-            names.append(info.filename)
+            found = [info.filename]
             if info.orig_filename != info.filename:
-                names.append(info.orig_filename)
-            names.extend(_unicode_paths(info.extra))
-            budget.check_time()
+                found.append(info.orig_filename)
+            found.extend(_unicode_paths(info.extra))
+            for name in found:
+                _count_name(len(name), budget)
+            names.extend(found)
             member = _read_member(archive, info, budget)
             if member is not None:
                 _scan_zip(member, depth + 1, names, budget)
 
 
-def _local_names(data: bytes) -> list[str]:
-    """The names in the local headers, which a reader may trust over the directory's."""
+def _count_name(size: int, budget: _Budget) -> None:
+    """Account for one name in a zip; raise where it is too long, or where they are too many."""
+    if size > MAX_ZIP_NAME:
+        raise _ZipLimit(f"a name of more than {MAX_ZIP_NAME} bytes")
+    budget.unpack(size)
+
+
+def _local_names(data: bytes, budget: _Budget) -> list[str]:
+    """The names in the local headers, which a reader may trust over the directory's.
+
+    What looks like the start of a header may be any data; then its name may have any length, and
+    overlap with that of the next one.
+    """
     names = []
-    for found in re.finditer(rb"PK\x03\x04", data):
+    for count, found in enumerate(re.finditer(rb"PK\x03\x04", data)):
+        if not count % 1024:
+            budget.check_time()
         start = found.start() + 30
         size = int.from_bytes(data[start - 4 : start - 2], "little")
-        name = data[start : start + size]
-        if name and len(name) == size:
-            names.append(_to_text(name))
+        if size and start + size <= len(data):
+            if size > MAX_ZIP_NAME and data[start - 22 : start - 20] not in _ZIP_METHODS:
+                continue  # no header, and if it were one: nobody could unpack the file
+            _count_name(size, budget)
+            names.append(_to_text(data[start : start + size]))
             if len(names) > MAX_ZIP_NAMES:
                 raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
     return names
@@ -1772,7 +1792,11 @@ def _check_name(
     if bad:
         _log.warning("part removed: %s", bad)
     else:
-        bad = _bad_name(msg, ckname, scan_zip, budget)
+        try:
+            bad = _bad_name(msg, ckname, scan_zip, budget)
+        except LimitExceeded as exc:
+            _log.warning("part removed: %s", exc)
+            bad = exc
     if bad:
         _replace(msg, str(bad), savname)
     return bool(bad)
@@ -1782,10 +1806,12 @@ def _bad_name(
     msg: MimeMessage, ckname: Callable[[str], object], scan_zip: bool, budget: _Budget
 ) -> object:
     names = msg._getnames(False, budget)
-    for _, name in names:
+    for count, (_, name) in enumerate(names, 1):
         bad = ckname(name)
         if bad:
             return bad
+        if not count % 64:
+            budget.check_time()
     if not scan_zip or msg.is_multipart():
         return None
     try:
@@ -1794,7 +1820,8 @@ def _bad_name(
             if bad:
                 _log.info("bad name in a zip: %r", name)
                 return next((n for _, n in names if _is_zip_name(n)), None) or bad
-    except zipfile.BadZipFile as exc:
+            budget.check_time()
+    except (zipfile.BadZipFile, LimitExceeded) as exc:
         _log.warning("zip removed: %s", exc)
         return next((n for _, n in names if n), None) or "zip"
     return None

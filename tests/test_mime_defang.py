@@ -552,6 +552,45 @@ def test_many_local_headers_are_bounded():
         mime.zipnames(b"PK\3\4" + b"PK\1\2" * 10_001)
 
 
+def local_headers(count, size, method=0):
+    """A zip after headers whose names overlap each other."""
+    header = b"PK\3\4" + b"\1\0\0\0" + method.to_bytes(2, "little") + b"\1" * 16
+    return (header + size.to_bytes(2, "little") + b"\0\0") * count + b"a" * size + zipped("a.txt")
+
+
+def test_names_in_local_headers_are_bounded(monkeypatch):
+    assert len(mime.zipnames(local_headers(1, 4_096))) == 2
+    for data in (local_headers(1, 4_097), zipped("a" * 4_097), unicode_path("a" * 4_097)):
+        with pytest.raises(zipfile.BadZipFile, match="a name of more than 4096 bytes"):
+            mime.zipnames(data)
+        assert removed(attached(data), scan_zip=True)
+    # such a method does not exist: those four bytes can be anywhere in packed data
+    for method in (21, 0x101):
+        assert mime.zipnames(local_headers(9_000, 60_000, method)) == [("zipname", "a.txt")]
+    monkeypatch.setattr(mime, "MAX_UNPACKED", 400_000)
+    with pytest.raises(zipfile.BadZipFile, match="unpacks to more than 400000 bytes"):
+        mime.zipnames(local_headers(101, 4_000))
+
+
+@pytest.mark.parametrize("where", ["in the zip", "in the header"])
+def test_the_time_for_names_is_bounded(where, monkeypatch):
+    asked = []
+
+    def slow(name):
+        asked.append(name)
+        if len(asked) == 5:
+            monkeypatch.setattr(mime.time, "monotonic", lambda: 1e12)
+
+    if where == "in the zip":
+        raw = attached(zipped(*(f"{i}.txt" for i in range(5_000))))
+    else:
+        raw = part("Content-Type: x/y" + "".join(f"; n{i}=a" for i in range(900)))
+    msg = read(raw)
+    assert mime.check_name(msg, "saved", slow, scan_zip=True) == 0
+    assert len(asked) <= 66
+    assert "has been removed" in msg.get_payload()
+
+
 @given(st.binary(max_size=200), st.integers(0, 10_000), st.binary(max_size=20))
 def test_damaged_zips_never_raise_anything_else(junk, at, patch):
     data = zipped("a.txt", ("n.zip", zipped("b.txt")), **DEFLATED)
