@@ -680,14 +680,16 @@ class MimeMessage(Message):
         return _decode(_as_bytes(str(self._payload)), self._encodings()[0])
 
     def _encodings(self) -> list[str]:
-        """The transfer encodings that a reader might apply; more than one only by foul play."""
-        found = []
+        """The transfer encodings that a reader might apply; more than one only by foul play.
+
+        Of the names that `_decode` treats alike only the first, so they are few.
+        """
+        found: dict[str, str] = {}
         for value in self._raw_values("content-transfer-encoding"):
             match = re.match(r"[\s(\"]*([A-Za-z0-9-]*)", value)
             name = match.group(1).lower() if match else ""
-            if name not in found:
-                found.append(name)
-        return found or [""]
+            found.setdefault(_CODINGS.get(name, ""), name)
+        return list(found.values()) or [""]
 
     def _raw_values(self, name: str) -> list[str]:
         """All values of a header, as text."""
@@ -1082,13 +1084,22 @@ def _decode_uu(data: bytes) -> bytes:
     return b"".join(out)
 
 
+# What each transfer encoding is at bottom; all others leave the data as it is.
+_CODINGS = {
+    "base64": "base64",
+    "quoted-printable": "quoted-printable",
+    **dict.fromkeys(("x-uuencode", "uuencode", "uue", "x-uue"), "uuencode"),
+}
+
+
 def _decode(data: bytes, encoding: str) -> bytes:
     """Undo the transfer encoding (RFC 2045, section 6)."""
-    if encoding == "base64":
+    coding = _CODINGS.get(encoding)
+    if coding == "base64":
         return _decode_base64(data)
-    if encoding == "quoted-printable":
+    if coding == "quoted-printable":
         return binascii.a2b_qp(data)
-    if encoding in ("x-uuencode", "uuencode", "uue", "x-uue"):
+    if coding == "uuencode":
         return _decode_uu(data)
     return data
 
