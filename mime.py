@@ -691,6 +691,16 @@ class MimeMessage(Message):
             found.setdefault(_CODINGS.get(name, ""), name)
         return list(found.values()) or [""]
 
+    def _charsets(self) -> list[str]:
+        """The charsets that a reader might take; the first is that of `get_content_charset`."""
+        found = [self.get_content_charset("")]
+        for value in self._raw_values("content-type"):
+            for piece in list(_split_parameters(value))[: MAX_PARAMETERS + 1]:
+                label, equals, text = piece.partition("=")
+                if equals and label.strip().lower().startswith("charset"):
+                    found.extend(_name_variants(text.strip(), "*" in label))
+        return list(dict.fromkeys(found))
+
     def _raw_values(self, name: str) -> list[str]:
         """All values of a header, as text."""
         return [_readable(v) for k, v in self.raw_items() if k.lower() == name]
@@ -1613,7 +1623,8 @@ class HTMLScriptFilter(SGMLFilter):
     def handle_pi(self, data: str) -> None:
         """Pass a processing instruction on, unless it may run a script."""
         squeezed = _squeeze(data)
-        if "<" in data or squeezed.startswith("import") or _SUSPECT.search(squeezed):
+        suspect = _SUSPECT.search(squeezed) or _UTF_7.search(squeezed)  # XML's encoding="..."
+        if "<" in data or squeezed.startswith("import") or suspect:
             self.write(self.msg)
         else:
             super().handle_pi(data)
@@ -1684,14 +1695,16 @@ def _harmful(tag: str, name: str, value: str | None) -> bool:
         return False
     if name == "style":
         return _bad_css(_unescape(value))
-    if ":" not in value and "&" not in value and name not in ("type", "content"):
+    if ":" not in value and "&" not in value and name not in ("type", "content", "charset"):
         return False
     squeezed = _squeeze(value)
+    if name == "charset" and _UTF_7.search(squeezed):
+        return True
     if name in _LIST_ATTRIBUTES:
         return bool(
             _SCRIPT_ANYWHERE.search(squeezed)
             or _DATA_ANYWHERE.search(squeezed)
-            or "utf-7" in squeezed
+            or _UTF_7.search(squeezed)
         )
     if name == "type" and "scriptlet" in squeezed:
         return True
@@ -1703,12 +1716,28 @@ def _harmful(tag: str, name: str, value: str | None) -> bool:
 
 
 _STATEFUL = re.compile(r"iso-?2022|hz|utf-?7|utf-?16|utf-?32|ucs", re.IGNORECASE)
+_UTF_7 = re.compile("utf-?7")
 _BOMS = (
     (b"\xff\xfe\x00\x00", "utf-32"),
     (b"\x00\x00\xfe\xff", "utf-32"),
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
+    (b"\xef\xbb\xbf", "latin-1"),  # UTF-8; and see _html_charset
 )
+_JIS_TOKEN = re.compile(rb"\x1b(\([BIJ]|\$[@B])|\x1b|[^\x1b]+")
+_JIS_2_TOKEN = re.compile(rb"\x1b(\([BIJ]|\$[@AB]|\$\([CDOPQ])|\x1b|[^\x1b]+")
+_MAX_VIEWS = 4
+
+
+def _like_ascii(codec: str) -> bool:
+    """Whether ASCII means itself in a charset, wherever it stands."""
+    if _STATEFUL.search(codec):
+        return False
+    probe = "<script>=\"&;/'"
+    try:
+        return probe.encode(codec) == probe.encode("ascii")
+    except ValueError:
+        return False
 
 
 def _html_charset(data: bytes, declared: str | None) -> str:
@@ -1719,32 +1748,93 @@ def _html_charset(data: bytes, declared: str | None) -> str:
     for mark, charset in _BOMS:
         if data.startswith(mark):
             return charset
-    if not declared:
-        return "latin-1"
-    probe = "<script>=\"&;/'"
     try:
-        declared = _charset(declared)
-        plain = probe.encode(declared) == probe.encode("ascii")
-        if plain and not _STATEFUL.search(declared):
+        codec = _charset(declared or "latin-1")
+        if _like_ascii(codec):
             return "latin-1"
-        data.decode(declared)
+        # Mail programs write more characters into ISO-2022-JP than the codec knows.
+        if not (codec.startswith("iso2022-jp") and data.isascii() and b"\x1b" in data):
+            data.decode(codec)
     except (LookupError, ValueError):
         return "latin-1"
-    return declared
+    return codec
 
 
-def _clean_html(data: bytes, declared: str | None, budget: _Budget) -> bytes | None:
-    """HTML without scripts, None where there are none."""
-    charset = _html_charset(data, declared)
+def _html_views(data: bytes, charset: str, declared: list[str], budget: _Budget) -> Iterator[str]:
+    """How readers might see HTML that was filtered in one charset, where they take another."""
+    codecs = dict.fromkeys(codec for name in declared for codec in _codecs_in(name))
+    others = [codec for codec in codecs if codec != charset and not _like_ascii(codec)]
+    if charset in ("utf-16", "utf-32") and not data.startswith(tuple(m for m, _ in _BOMS)):
+        others.append(charset + "-be")  # as RFC 2781 has it; the codec and browsers do not
+    if charset == "utf-7":
+        others.append("latin-1")  # browsers do not know UTF-7
+    if len(others) > _MAX_VIEWS:
+        raise LimitExceeded(f"HTML in more than {_MAX_VIEWS} charsets")
+    for codec in others:
+        yield data.decode(codec, "replace")
+    japanese = charset.startswith("iso2022-jp")
+    if b"\x1b" in data and (japanese or charset in ("latin-1", "utf-7")):
+        # whether declared in the header, in a <meta>, or guessed
+        yield _jis_view(data, charset.startswith("iso2022-jp-"), budget)
+
+
+def _codecs_in(name: str) -> Iterator[str]:
+    """The charsets that might be meant by a parameter: also one within comments or quotes."""
+    for word in re.findall(r"[A-Za-z0-9._:-]+", name[:1000])[:10]:
+        try:
+            yield _charset(word)
+        except (LookupError, ValueError):
+            continue
+
+
+def _jis_view(data: bytes, more: bool, budget: _Budget) -> str:
+    """ISO-2022-JP as browsers decode it, with U+FFFD for all that is not ASCII.
+
+    (WHATWG's Encoding standard, section 12.2.)  An escape sequence right after another one
+    leaves a U+FFFD, and after one that does not exist the mode stays; Python differs in both.
+    `more`: also the escape sequences of the later ISO-2022-JP-1, -2 and -3.
+    """
+    out = []
+    mode, empty = b"(B", False
+    tokens = (_JIS_2_TOKEN if more else _JIS_TOKEN).finditer(data)
+    for count, token in enumerate(tokens):
+        if not count % 16384:
+            budget.check_time()
+        if token[1]:
+            mode = token[1]
+            if empty:
+                out.append("\ufffd")
+            empty = True
+            continue
+        empty = False
+        if mode in (b"(B", b"(J") and token[0] != b"\x1b":
+            text = token[0].decode("ascii", "replace")
+            out.append(re.sub("[\x0e\x0f]", "\ufffd", text))
+        else:
+            out.append("\ufffd" * len(token[0]))
+    return "".join(out)
+
+
+def _clean_html(data: bytes, declared: list[str], budget: _Budget) -> bytes | None:
+    """HTML without scripts, None where there are none; `declared` are all charsets it claims."""
+    charset = _html_charset(data, declared[0] if declared else None)
     text = data.decode(charset, "replace")
+    cleaned = _filter_html(text, budget)
+    after = data if cleaned == text else cleaned.encode(charset, "xmlcharrefreplace")
+    for view in _html_views(after, charset, declared, budget):
+        if _filter_html(view, budget) != view.replace("\0", ""):
+            raise LimitExceeded("HTML with a script in another charset")
+    return None if after is data else after
+
+
+def _filter_html(text: str, budget: _Budget) -> str:
     out = io.StringIO()
     parser = HTMLScriptFilter(out)
     for start in range(0, len(text), 65536):
         budget.check_time()
         parser.feed(text[start : start + 65536])
     parser.close()
-    cleaned = out.getvalue()
-    return None if cleaned == text else cleaned.encode(charset, "xmlcharrefreplace")
+    return out.getvalue()
 
 
 # -- checks
@@ -1853,9 +1943,10 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
         return
     payload = _as_bytes(msg._payload)
     encodings = msg._encodings()
+    charsets = msg._charsets()
     try:
         for encoding in encodings:
-            cleaned = _clean_html(_decode(payload, encoding), msg.get_content_charset(), budget)
+            cleaned = _clean_html(_decode(payload, encoding), charsets, budget)
             if cleaned is not None:
                 after = _encode(cleaned, encoding)
                 if _forges_boundary(payload, after, budget.boundaries(msg._root)):

@@ -660,6 +660,120 @@ def test_html_in_charsets_unlike_ascii(charset):
     assert result == html.replace("<script>alert(1)</script>", mime.HTMLScriptFilter.msg)
 
 
+EVENT = b'<p title="%b" y=\'%b\' z=" onmouseover=alert(1) w=a">hover</p>'
+JIS = EVENT % (b"\x1b$B", b"\x1b(B")
+UTF_7 = b"<p>+ADw-script+AD4-alert(1)+ADw-/script+AD4-"
+HIDDEN = {
+    "two-byte mode": ("text/html; charset=iso-2022-jp", JIS),
+    "and a byte that does not fit": ("text/html; charset=iso-2022-jp", JIS + b"\xff"),
+    "and half a character": ("text/html; charset=iso-2022-jp", JIS + b"\x1b$B!"),
+    "an alias": ("text/html; charset=csiso2022jp", JIS),
+    "a comment": ('text/html; charset="iso-2022-jp" (x)', JIS),
+    "a second charset": ("text/html; charset=us-ascii; charset=iso-2022-jp", JIS),
+    "meta": ("text/html", b"<meta charset=iso-2022-jp>" + JIS),
+    "guessed": ("text/html", JIS),
+    "two escapes": (
+        "text/html; charset=iso-2022-jp",
+        b'<p title=\x1b(B\x1b(B" onmouseover=alert(1) w=">hover</p>',
+    ),
+    "an escape that does not exist": (
+        "text/html; charset=iso-2022-jp",
+        b'<p title="\x1b$(D" onmouseover=alert(1) w="\x1b(B">hover</p>',
+    ),
+    "utf-7": ("text/html; charset=utf-7", UTF_7 + b"\xff"),
+    "utf-7 by another name": ("text/html; charset=u7", UTF_7 + b"\xff"),
+    "utf-7 in a second parameter": ("text/html; charset=utf-8; charset=utf-7", UTF_7),
+    "utf-7 in a second header": (
+        "text/html; charset=utf-8\nContent-Type: text/html; charset=utf-7",
+        UTF_7,
+    ),
+    "not utf-7 to a browser": (
+        "text/html; charset=utf-7",
+        b"<p title=\"+ACI- y='\" onmouseover=alert(1) w='>hover</p>",
+    ),
+    "utf-16, most significant byte first": (
+        "text/html; charset=utf-16",
+        "<script>alert(1)</script>".encode("utf-16-be"),
+    ),
+    "half a character of utf-16": (
+        "text/html; charset=utf-16be",
+        "<script>alert(1)</script>".encode("utf-16-be")[:-1],
+    ),
+    "many": (
+        "text/html" + "".join(f"; charset=cp{n}" for n in ("037", 273, 424, 500, 875, 1026)),
+        b"x",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "body"), HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("encoding", ["8bit", "base64"])
+def test_scripts_that_show_in_another_charset(kind, body, encoding):
+    data = base64.encodebytes(body) if encoding == "base64" else body
+    raw = part(f"Content-Type: {kind}\nContent-Transfer-Encoding: {encoding}", data)
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert b"alert" not in msg.get_payload_decoded().replace(b"\0", b"")
+
+
+@pytest.mark.parametrize("markup", ['<meta charset="%s">', '<?xml version="1.0" encoding="%s"?>'])
+def test_utf_7_is_not_declared_within_html(markup):
+    for name in ("utf-7", "UTF-7", "unicode-1-1-utf-7", "x-imap4-modified-utf7", "&#117;tf-7"):
+        msg = read(part("Content-Type: text/html", (markup % name).encode() + UTF_7))
+        assert mime.defang(msg)
+        assert name.encode() not in msg.as_bytes()
+    msg = read(part("Content-Type: text/html", (markup % "utf-8").encode()))
+    assert not mime.defang(msg)
+
+
+JAPANESE = '<html><body title="\u65e5\u672c"><p style="color: red">\u65e5\u672c\u8a9e<br>a</p>'
+ORDINARY = {
+    "iso-2022-jp": JAPANESE.encode("iso-2022-jp"),
+    "ISO-2022-JP": JAPANESE.encode("iso-2022-jp"),
+    "iso-2022-jp-2": (JAPANESE + "\u4e02\u4e04\uac00\xe9").encode("iso-2022-jp-2"),
+    "iso-2022-jp-3": JAPANESE.encode("iso-2022-jp-3"),
+    # one character that Python's codec lacks, and Windows' has
+    "csISO2022JP": JAPANESE.encode("iso-2022-jp") + b"\x1b$B-!<\"<'\x1b(B",
+    "shift_jis": JAPANESE.encode("shift_jis"),
+    "cp932": JAPANESE.encode("cp932"),
+    "euc-jp": JAPANESE.encode("euc-jp"),
+    "iso-2022-kr": "<p title='\uac00'>\uac00\uac01</p>".encode("iso-2022-kr"),
+    "hz-gb-2312": "<p title='\u4f60'>\u4f60\u597d</p>".encode("hz"),
+    "gb18030": "<p title='\u4f60'>\u4f60\u597d</p>".encode("gb18030"),
+    "big5": "<p title='\u529f'>\u529f\u84cb</p>".encode("big5"),
+    "koi8-r": "<p title='\u0416'>\u0416</p>".encode("koi8-r"),
+    "windows-1252": "<p title='\u20ac'>\u20ac</p>".encode("windows-1252"),
+    "utf-7": "<p title='\xe9'>\u20ac + 1</p>".encode("utf-7"),
+    "utf-16": JAPANESE.encode("utf-16"),
+    "utf-16le": (JAPANESE + "\u1b24\u421b").encode("utf-16-le"),
+    "utf-8": b"\xef\xbb\xbf" + JAPANESE.encode() + b"\x1b(B\x1b[m",
+    "us-ascii": b"<meta charset=us-ascii><p>x \x1b[1mbold\x1b(B\x1b[m</p>",
+    "x-unknown": JAPANESE.encode(),
+}
+
+
+@pytest.mark.parametrize("charset", ORDINARY)
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_ordinary_html_stays_as_it_is(charset, quote):
+    raw = part(
+        f"Content-Type: text/html; charset={quote}{charset}{quote}\n"
+        "Content-Transfer-Encoding: base64",
+        base64.encodebytes(ORDINARY[charset]),
+    )
+    msg = read(raw)
+    assert not mime.defang(msg)
+    assert msg.as_bytes() == raw
+
+
+def test_scripts_go_and_japanese_stays():
+    body = JAPANESE.encode("iso-2022-jp") + b"\x1b$B-!\x1b(B<script>alert(1)</script><p onclick=x>"
+    msg = read(part("Content-Type: text/html; charset=iso-2022-jp", body))
+    assert mime.defang(msg)
+    text = msg.get_payload_decoded().decode("iso-2022-jp")
+    assert text.startswith(JAPANESE)
+    assert text.endswith(mime.HTMLScriptFilter.msg + "<p>")
+
+
 def test_byte_order_marks_rule():
     for charset in ("utf-16", "utf-32"):
         raw = part(
