@@ -1500,6 +1500,7 @@ class HTMLScriptFilter(SGMLFilter):
     def __init__(self, out: _Writer, _inner: bool = False) -> None:
         self._inner = _inner  # the text is what a comment or a raw element holds
         self._raw_name = ""
+        self._next_greater = ("", -1)
         super().__init__(out)
 
     def feed(self, data: str) -> None:
@@ -1604,10 +1605,13 @@ class HTMLScriptFilter(SGMLFilter):
         """As in the base class; of a CDATA section only the start, where it holds markup."""
         start = self.rawdata[i : i + 9]
         if start.upper() == "<![CDATA[":
-            k = self.rawdata.find(">", i)
+            text, k = self._next_greater
+            if text is not self.rawdata or k < i:  # else it is that of the section before
+                k = self.rawdata.find(">", i)
+                self._next_greater = (self.rawdata, k)
             if k < 0:
                 return -1
-            if "<" in self.rawdata[i + 1 : k] or self.rawdata[k - 2 : k] != "]]":
+            if self.rawdata.find("<", i + 1, k) >= 0 or self.rawdata[k - 2 : k] != "]]":
                 # In a style sheet a gap would not part what it parts in markup.
                 self.write((self._inner and self.msg) or _GAP)
                 return i + 9
