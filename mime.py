@@ -21,6 +21,8 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
 `MAX_DEPTH`         50        messages and multiparts within each other
 `MAX_PARTS`         10,000    parts of one message
 `MAX_PARAMETERS`    1,000     parameters in the Content-Type or Content-Disposition of a part
+`MAX_NAME_TEXT`     65,536    characters in all Content-Types and Content-Dispositions of a part,
+                              and in one name
 `MAX_BOUNDARY`      1,000     characters in a boundary (RFC 2046 allows 70)
 `MAX_SECONDS`       30.0      time to read, or to check, one message
 `MAX_UNPACKED`      100 MiB   bytes unpacked from the archives of one message
@@ -45,11 +47,11 @@ import unicodedata
 import urllib.parse
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from email.feedparser import FeedParser
 from email.generator import BytesGenerator
 from email.message import Message
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from Milter.sgmllib import SGMLParser, iter_attributes
 from Milter.utils import _charset
@@ -74,6 +76,7 @@ __all__ = [
 MAX_DEPTH = 50
 MAX_PARTS = 10_000
 MAX_PARAMETERS = 1_000
+MAX_NAME_TEXT = 65_536
 MAX_BOUNDARY = 1_000
 MAX_SECONDS = 30.0
 MAX_UNPACKED = 100 * 1024 * 1024
@@ -103,6 +106,7 @@ virus_msg = (
 _CONTINUE = 0
 
 _log = logging.getLogger("mime")
+_T = TypeVar("_T")
 
 
 class LimitExceeded(Exception):
@@ -125,6 +129,13 @@ class _Budget:
         """Raise LimitExceeded where the time is up."""
         if time.monotonic() > self._deadline:
             raise LimitExceeded(f"takes more than {MAX_SECONDS} s to check")
+
+    def timed(self, items: Iterable[_T]) -> Iterator[_T]:
+        """The same items, with a look at the time now and then."""
+        for count, item in enumerate(items, 1):
+            yield item
+            if not count % 64:
+                self.check_time()
 
     def boundaries(self, root: MimeMessage) -> set[bytes]:
         """The boundaries of all multiparts of a message; looked for once."""
@@ -695,7 +706,7 @@ class MimeMessage(Message):
         """The charsets that a reader might take; the first is that of `get_content_charset`."""
         found = [self.get_content_charset("")]
         for value in self._raw_values("content-type"):
-            for piece in list(_split_parameters(value))[: MAX_PARAMETERS + 1]:
+            for piece in list(_split_parameters(value[:MAX_NAME_TEXT]))[: MAX_PARAMETERS + 1]:
                 label, equals, text = piece.partition("=")
                 if equals and label.strip().lower().startswith("charset"):
                     found.extend(_name_variants(text.strip(), "*" in label))
@@ -743,9 +754,11 @@ class MimeMessage(Message):
 
     def _getnames(self, scan_zip: bool, budget: _Budget) -> list[tuple[str, str]]:
         names: dict[tuple[str, str], None] = {}
+        room = MAX_NAME_TEXT
         for header in ("content-type", "content-disposition"):
             for text in self._raw_values(header):
-                names.update(dict.fromkeys(_header_names(text)))
+                names.update(dict.fromkeys(_header_names(text[:room])))
+                room = max(0, room - len(text))
         filename = self.get_filename()
         if filename:
             names["filename", filename] = None
@@ -784,6 +797,8 @@ class MimeMessage(Message):
         """
         if self.limit:
             return self.limit
+        if self._name_text_size() > MAX_NAME_TEXT:
+            return f"more than {MAX_NAME_TEXT} characters of names"
         for header in ("content-type", "content-disposition"):
             for text in self._raw_values(header):
                 if text.count(";") > MAX_PARAMETERS and (
@@ -797,6 +812,11 @@ class MimeMessage(Message):
         if self._second_boundary():
             return "ambiguous boundary"
         return None
+
+    def _name_text_size(self) -> int:
+        """How much there is in which names are looked for."""
+        headers = ("content-type", "content-disposition")
+        return sum(len(str(v)) for k, v in self.raw_items() if k.lower() in headers)
 
     def _second_boundary(self) -> bool:
         """Whether some other boundary than the one in use would cut the body too."""
@@ -1261,9 +1281,7 @@ def _local_names(data: bytes, budget: _Budget) -> list[str]:
     overlap with that of the next one.
     """
     names = []
-    for count, found in enumerate(re.finditer(rb"PK\x03\x04", data)):
-        if not count % 1024:
-            budget.check_time()
+    for found in budget.timed(re.finditer(rb"PK\x03\x04", data)):
         start = found.start() + 30
         size = int.from_bytes(data[start - 4 : start - 2], "little")
         if size and start + size <= len(data):
@@ -1501,6 +1519,7 @@ class HTMLScriptFilter(SGMLFilter):
         self._inner = _inner  # the text is what a comment or a raw element holds
         self._raw_name = ""
         self._next_greater = ("", -1)
+        self._budget: _Budget | None = None
         super().__init__(out)
 
     def feed(self, data: str) -> None:
@@ -1512,9 +1531,14 @@ class HTMLScriptFilter(SGMLFilter):
         out = io.StringIO()
         parser = HTMLScriptFilter(out, _inner=True)
         parser.msg = self.msg
+        parser._budget = self._budget
         parser.feed(text)
         parser.close()
         return out.getvalue()
+
+    def _attributes(self, text: str, pos: int) -> list[tuple[str, str]]:
+        """As in the base class; not for `defang`, as no method here looks at them."""
+        return [] if self._budget else super()._attributes(text, pos)
 
     # -- elements
 
@@ -1583,7 +1607,7 @@ class HTMLScriptFilter(SGMLFilter):
     def unknown_starttag(self, tag: str, attr: list[tuple[str, str]]) -> None:
         """Pass a start tag on, without the attributes that run scripts."""
         if self._source is not None:
-            self._source = _safe_tag(tag, self._source)
+            self._source = _safe_tag(tag, self._source, self._budget)
         super().unknown_starttag(tag, attr)
 
     # -- the rest
@@ -1658,12 +1682,13 @@ def _end_pattern(name: str) -> tuple[re.Pattern[str], int]:
     return pattern, len(name) + 24
 
 
-def _safe_tag(tag: str, text: str) -> str:
+def _safe_tag(tag: str, text: str, budget: _Budget | None) -> str:
     """A start tag without the attributes that run scripts; a gap where its name is in doubt."""
     if _ODD_NAME.search(tag):
         return _GAP
     out, pos = [], 0
-    for start, end, name, value in iter_attributes(text, 1 + len(tag)):
+    attributes = iter_attributes(text, 1 + len(tag))
+    for start, end, name, value in budget.timed(attributes) if budget else attributes:
         if _harmful(tag, name.lower(), value) or not _plain_value(value, text[start:end]):
             out.append(text[pos:start].rstrip(" \t\n\r\f\v"))
             if text[end : end + 1] not in tuple(" \t\n\r\f\v/>"):
@@ -1800,10 +1825,7 @@ def _jis_view(data: bytes, more: bool, budget: _Budget) -> str:
     """
     out = []
     mode, empty = b"(B", False
-    tokens = (_JIS_2_TOKEN if more else _JIS_TOKEN).finditer(data)
-    for count, token in enumerate(tokens):
-        if not count % 16384:
-            budget.check_time()
+    for token in budget.timed((_JIS_2_TOKEN if more else _JIS_TOKEN).finditer(data)):
         if token[1]:
             mode = token[1]
             if empty:
@@ -1834,6 +1856,7 @@ def _clean_html(data: bytes, declared: list[str], budget: _Budget) -> bytes | No
 def _filter_html(text: str, budget: _Budget) -> str:
     out = io.StringIO()
     parser = HTMLScriptFilter(out)
+    parser._budget = budget
     for start in range(0, len(text), 65536):
         budget.check_time()
         parser.feed(text[start : start + 65536])
@@ -1911,12 +1934,12 @@ def _bad_name(
     msg: MimeMessage, ckname: Callable[[str], object], scan_zip: bool, budget: _Budget
 ) -> object:
     names = msg._getnames(False, budget)
-    for count, (_, name) in enumerate(names, 1):
+    for _, name in budget.timed(names):
+        if len(name) > MAX_NAME_TEXT:
+            raise LimitExceeded(f"a name of more than {MAX_NAME_TEXT} characters")
         bad = ckname(name)
         if bad:
             return bad
-        if not count % 64:
-            budget.check_time()
     if not scan_zip or msg.is_multipart():
         return None
     try:
@@ -1943,12 +1966,14 @@ def check_html(msg: MimeMessage, savname: object = None) -> int:
 
 
 def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
-    if msg.is_multipart() or not isinstance(msg._payload, str) or not _is_html(msg):
+    if msg.is_multipart() or not isinstance(msg._payload, str):
         return
-    payload = _as_bytes(msg._payload)
-    encodings = msg._encodings()
-    charsets = msg._charsets()
     try:
+        if not _is_html(msg, budget):
+            return
+        payload = _as_bytes(msg._payload)
+        encodings = msg._encodings()
+        charsets = msg._charsets()
         for encoding in encodings:
             cleaned = _clean_html(_decode(payload, encoding), charsets, budget)
             if cleaned is not None:
@@ -1981,12 +2006,12 @@ def _forges_boundary(before: bytes, after: bytes, boundaries: set[bytes]) -> boo
     return bool(boundaries) and count(after) > count(before)
 
 
-def _is_html(msg: MimeMessage) -> bool:
+def _is_html(msg: MimeMessage, budget: _Budget) -> bool:
     types = [value.partition(";")[0].strip().lower() for value in msg._raw_values("content-type")]
     if any(t in _HTML_TYPES for t in [*types, msg.get_content_type()]):
         return True
-    for _, name in msg._getnames(False, _Budget()):
-        if any(extension in _HTML_EXTENSIONS for extension in _extensions(name)):
+    for _, name in budget.timed(msg._getnames(False, budget)):
+        if any(extension in _HTML_EXTENSIONS for extension in _extensions(name[-MAX_NAME_TEXT:])):
             return True
     return False
 
@@ -2066,7 +2091,7 @@ class _Defang:
         if kind != "multipart" and not self.scan_rfc822:
             return
         if not msg.is_multipart() and isinstance(msg._payload, str):
-            for _, name in msg._getnames(False, self.budget):
+            for _, name in self.budget.timed(msg._getnames(False, self.budget)):
                 if any(extension in _MESSAGE_EXTENSIONS for extension in _extensions(name)):
                     for encoding in msg._encodings():
                         yield _decode(_as_bytes(msg._payload), encoding), name

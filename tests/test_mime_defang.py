@@ -242,6 +242,37 @@ def test_too_many_parameters_are_suspicious():
     assert len(read(part("Content-Type: x/y" + "; a=b" * 3000)).getnames()) == 1
 
 
+@pytest.mark.parametrize("unit", ["a:", "a", "\u0661", "a%3A", "=?a", "\ufdfa", " "])
+@pytest.mark.parametrize("header", ["Content-Type: x/y; name", "Content-Disposition: x; filename*"])
+def test_too_much_of_names_is_suspicious(header, unit):
+    raw = part(f'{header}="{unit * (1_000_000 // len(unit))}"')
+    began = time.process_time()
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert "more than 65536 characters of names" in msg.get_payload()
+    msg = read(raw)
+    msg.getnames()
+    assert mime.check_html(msg) == 0
+    assert time.process_time() - began < 5
+
+
+def test_as_much_of_names_as_is_allowed():
+    raw = part("Content-Type: x/y" + "; name=" + "a" * 65_000)
+    assert not removed(raw)
+    half = "a" * 40_000
+    assert removed(part(f"Content-Type: x/y; name={half}\nContent-Disposition: x; y={half}"))
+    lines = f"\nContent-Disposition: x; y={'a' * 1_000}" * 70
+    assert removed(part("Content-Type: x/y" + lines + "; filename=a.exe"))
+
+
+def test_uuencoded_names_are_bounded():
+    body = b"begin 644 " + b"a:" * 500_000 + b"\n#86)C\n`\nend\n"
+    began = time.process_time()
+    assert removed(part("Content-Type: text/plain", body))
+    assert mime.check_html(read(part("Content-Type: text/plain", body))) == 0
+    assert time.process_time() - began < 5
+
+
 # -- structure
 
 
@@ -406,6 +437,18 @@ def test_compatibility_forms_are_the_ascii_that_nfkc_makes_of_them():
     for char in every:
         assert mime._compatible(f"a{char}z") == "a" + unicodedata.normalize("NFKC", char) + "z"
     assert mime.check_ext("a.\uff45\u24e7\U0001d41e")
+
+
+@pytest.mark.parametrize("unit", [b" a=", b" a=b", b" a"])
+def test_the_time_for_one_tag_is_bounded(monkeypatch, unit):
+    raw = part("Content-Type: text/html", b"<a" + unit * (1_000_000 // len(unit)) + b">")
+    assert not mime.defang(read(raw))
+    looks = iter(range(40))  # more than one for each piece that the filter is fed
+    monkeypatch.setattr(mime.time, "monotonic", lambda: 1e12 if next(looks, None) is None else 0.0)
+    monkeypatch.setattr(mime, "MAX_SECONDS", 1.0)
+    msg = read(raw)
+    mime.check_html(msg)
+    assert "takes more than 1.0 s to check" in msg.get_payload()
 
 
 def test_exceeded_bounds_are_logged(caplog):
