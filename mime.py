@@ -29,6 +29,7 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
 `MAX_ZIP_DEPTH`     5         zips within each other
 `MAX_ZIP_NAMES`     10,000    names in one zip
 `MAX_ZIP_NAME`      4,096     bytes, or characters, in one of these names
+`MAX_ZIP_EXTRA`     4 MiB     extra fields in the directory of one zip
 =================== ========= ===================================================================
 """
 
@@ -83,6 +84,7 @@ MAX_UNPACKED = 100 * 1024 * 1024
 MAX_ZIP_DEPTH = 5
 MAX_ZIP_NAMES = 10_000
 MAX_ZIP_NAME = 4_096
+MAX_ZIP_EXTRA = 4 * 1024 * 1024
 
 bad_extensions = [
     *(".ade", ".adp", ".asd", ".asx", ".asp", ".bas", ".bat", ".chm", ".cmd", ".com", ".cpl"),
@@ -1251,6 +1253,7 @@ def _scan_zip(data: bytes, depth: int, names: list[str], budget: _Budget) -> Non
     if data.count(b"PK\x01\x02") + len(names) > MAX_ZIP_NAMES:
         raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
     names.extend(_local_names(data, budget))
+    _check_extra(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
             if info.flag_bits & _HIDDEN_DIRECTORY:
@@ -1265,6 +1268,19 @@ def _scan_zip(data: bytes, depth: int, names: list[str], budget: _Budget) -> Non
             member = _read_member(archive, info, budget)
             if member is not None:
                 _scan_zip(member, depth + 1, names, budget)
+
+
+def _check_extra(data: bytes) -> None:
+    """Raise where the directory holds more of extra fields than zipfile could read in time.
+
+    It takes time quadratic in those of one member, and reads all members at once.
+    """
+    total = 0
+    for found in re.finditer(rb"PK\x01\x02", data):
+        at = found.start() + 30
+        total += int.from_bytes(data[at : at + 2], "little")
+        if total > MAX_ZIP_EXTRA:
+            raise _ZipLimit(f"more than {MAX_ZIP_EXTRA} bytes of extra fields")
 
 
 def _count_name(size: int, budget: _Budget) -> None:
@@ -1297,12 +1313,13 @@ def _local_names(data: bytes, budget: _Budget) -> list[str]:
 def _unicode_paths(extra: bytes) -> list[str]:
     """The names in the Unicode path fields of a member (APPNOTE 4.6.9)."""
     names = []
-    while len(extra) >= 4:
-        kind = int.from_bytes(extra[:2], "little")
-        size = int.from_bytes(extra[2:4], "little")
+    pos = 0
+    while pos + 4 <= len(extra):
+        kind = int.from_bytes(extra[pos : pos + 2], "little")
+        size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
         if kind == _UNICODE_PATH and size > 5:
-            names.append(_to_text(extra[9 : 4 + size]))
-        extra = extra[4 + size :]
+            names.append(_to_text(extra[pos + 9 : pos + 4 + size]))
+        pos += 4 + size
     return names
 
 

@@ -595,6 +595,38 @@ def test_many_local_headers_are_bounded():
         mime.zipnames(b"PK\3\4" + b"PK\1\2" * 10_001)
 
 
+def extra_fields(members, field):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for number in range(members):
+            info = zipfile.ZipInfo(f"{number}.txt")
+            info.extra = field * (65_000 // len(field))
+            archive.writestr(info, b"x")
+    return out.getvalue()
+
+
+def test_extra_fields_are_bounded():
+    assert len(mime.zipnames(extra_fields(3, b"\x99\x99\x00\x00"))) == 3
+    began = time.process_time()
+    for data in (
+        extra_fields(200, b"\x99\x99\x00\x00"),
+        zipped(("n.zip", extra_fields(200, b"\x99\x99\x00\x00")), **DEFLATED),
+    ):
+        with pytest.raises(zipfile.BadZipFile, match="bytes of extra fields"):
+            mime.zipnames(data)
+    assert time.process_time() - began < 5
+
+
+def test_names_in_extra_fields_take_linear_time():
+    def fields(size):
+        return b"\x99\x99\x00\x00" * (size // 4)
+
+    assert takes_linear_time(mime._unicode_paths, fields, 400_000)
+    field = b"\x75\x70\x0a\x00\1\0\0\0\0a.exe"
+    assert mime._unicode_paths(b"\x99\x99\x01\x00x" + field + b"\1") == ["a.exe"]
+    assert mime._unicode_paths(field[:-2]) == ["a.e"]
+
+
 def local_headers(count, size, method=0):
     """A zip after headers whose names overlap each other."""
     header = b"PK\3\4" + b"\1\0\0\0" + method.to_bytes(2, "little") + b"\1" * 16
