@@ -31,6 +31,14 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
 `MAX_ZIP_NAME`      4,096     bytes, or characters, in one of these names
 `MAX_ZIP_EXTRA`     4 MiB     extra fields in the directory of one zip
 =================== ========= ===================================================================
+
+Memory has no bound of its own, it goes with the size of the message: to read and check one takes 6
+to 9 bytes for each byte of ordinary mail, and up to 50 for hostile mail, such as lines of one
+character, or base64 of single bytes.  Have the MTA refuse what is too large for that times the
+messages that come at once (Postfix: ``message_size_limit``), or count in the body callback.
+
+Charsets are those that Python brings along and the names in ``encodings.aliases``: a codec of your
+own needs an entry there.  Mail may name no other, as Python keeps every name it is asked for.
 """
 
 from __future__ import annotations
