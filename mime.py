@@ -1778,6 +1778,7 @@ _BOMS = (
     (b"\xfe\xff", "utf-16"),
     (b"\xef\xbb\xbf", "latin-1"),  # UTF-8; and see _html_charset
 )
+_MARKS = tuple(mark for mark, _ in _BOMS)
 _JIS_TOKEN = re.compile(rb"\x1b(\([BIJ]|\$[@B])|\x1b|[^\x1b]+")
 _JIS_2_TOKEN = re.compile(rb"\x1b(\([BIJ]|\$[@AB]|\$\([CDOPQ])|\x1b|[^\x1b]+")
 _MAX_VIEWS = 4
@@ -1789,7 +1790,7 @@ def _like_ascii(codec: str) -> bool:
         return False
     probe = "<script>=\"&;/'"
     try:
-        return probe.encode(codec) == probe.encode("ascii")
+        return codec == "utf-8-sig" or probe.encode(codec) == probe.encode("ascii")
     except ValueError:
         return False
 
@@ -1818,7 +1819,7 @@ def _html_views(data: bytes, charset: str, declared: list[str], budget: _Budget)
     """How readers might see HTML that was filtered in one charset, where they take another."""
     codecs = dict.fromkeys(codec for name in declared for codec in _codecs_in(name))
     others = [codec for codec in codecs if codec != charset and not _like_ascii(codec)]
-    if charset in ("utf-16", "utf-32") and not data.startswith(tuple(m for m, _ in _BOMS)):
+    if charset in ("utf-16", "utf-32") and not data.startswith(_MARKS):
         others.append(charset + "-be")  # as RFC 2781 has it; the codec and browsers do not
     if charset == "utf-7":
         others.append("latin-1")  # browsers do not know UTF-7
@@ -1872,6 +1873,12 @@ def _clean_html(data: bytes, declared: list[str], budget: _Budget) -> bytes | No
     text = data.decode(charset, "replace")
     cleaned = _filter_html(text, budget)
     after = data if cleaned == text else cleaned.encode(charset, "xmlcharrefreplace")
+    if (
+        after.startswith(_MARKS)
+        and not data.startswith(_MARKS)
+        and charset not in ("utf-16", "utf-32")  # which have it written
+    ):
+        raise LimitExceeded("HTML with NULs before a byte order mark")
     for view in _html_views(after, charset, declared, budget):
         if _filter_html(view, budget) != view.replace("\0", ""):
             raise LimitExceeded("HTML with a script in another charset")

@@ -840,6 +840,17 @@ def test_ordinary_html_stays_as_it_is(charset, quote):
     assert msg.as_bytes() == raw
 
 
+def test_no_byte_order_mark_comes_in():
+    for mark, codec in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le")):
+        body = b"\0" + mark + "<script>alert(1)</script>".encode(codec)
+        msg = read(part("Content-Type: text/html; charset=cp273", body))
+        assert mime.defang(msg)
+        assert b"alert" not in msg.get_payload_decoded()
+    msg = read(part("Content-Type: text/html; charset=utf-8-sig", b"<p onclick=x>y"))
+    assert mime.defang(msg)
+    assert msg.get_payload_decoded() == b"<p>y"
+
+
 def test_scripts_go_and_japanese_stays():
     body = JAPANESE.encode("iso-2022-jp") + b"\x1b$B-!\x1b(B<script>alert(1)</script><p onclick=x>"
     msg = read(part("Content-Type: text/html; charset=iso-2022-jp", body))
