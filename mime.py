@@ -21,12 +21,24 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
 `MAX_DEPTH`         50        messages and multiparts within each other
 `MAX_PARTS`         10,000    parts of one message
 `MAX_PARAMETERS`    1,000     parameters in the Content-Type or Content-Disposition of a part
+`MAX_NAME_TEXT`     65,536    characters in all Content-Types and Content-Dispositions of a part,
+                              and in one name
 `MAX_BOUNDARY`      1,000     characters in a boundary (RFC 2046 allows 70)
 `MAX_SECONDS`       30.0      time to read, or to check, one message
 `MAX_UNPACKED`      100 MiB   bytes unpacked from the archives of one message
 `MAX_ZIP_DEPTH`     5         zips within each other
 `MAX_ZIP_NAMES`     10,000    names in one zip
+`MAX_ZIP_NAME`      4,096     bytes, or characters, in one of these names
+`MAX_ZIP_EXTRA`     4 MiB     extra fields in the directory of one zip
 =================== ========= ===================================================================
+
+Memory has no bound of its own, it goes with the size of the message: to read and check one takes 6
+to 9 bytes for each byte of ordinary mail, and up to 50 for hostile mail, such as lines of one
+character, or base64 of single bytes.  Have the MTA refuse what is too large for that times the
+messages that come at once (Postfix: ``message_size_limit``), or count in the body callback.
+
+Charsets are those that Python brings along and the names in ``encodings.aliases``: a codec of your
+own needs an entry there.  Mail may name no other, as Python keeps every name it is asked for.
 """
 
 from __future__ import annotations
@@ -44,13 +56,14 @@ import unicodedata
 import urllib.parse
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from email.feedparser import FeedParser
 from email.generator import BytesGenerator
 from email.message import Message
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from Milter.sgmllib import SGMLParser, iter_attributes
+from Milter.utils import _charset
 
 __all__ = [
     "HTMLScriptFilter",
@@ -72,11 +85,14 @@ __all__ = [
 MAX_DEPTH = 50
 MAX_PARTS = 10_000
 MAX_PARAMETERS = 1_000
+MAX_NAME_TEXT = 65_536
 MAX_BOUNDARY = 1_000
 MAX_SECONDS = 30.0
 MAX_UNPACKED = 100 * 1024 * 1024
 MAX_ZIP_DEPTH = 5
 MAX_ZIP_NAMES = 10_000
+MAX_ZIP_NAME = 4_096
+MAX_ZIP_EXTRA = 4 * 1024 * 1024
 
 bad_extensions = [
     *(".ade", ".adp", ".asd", ".asx", ".asp", ".bas", ".bat", ".chm", ".cmd", ".com", ".cpl"),
@@ -100,6 +116,7 @@ virus_msg = (
 _CONTINUE = 0
 
 _log = logging.getLogger("mime")
+_T = TypeVar("_T")
 
 
 class LimitExceeded(Exception):
@@ -122,6 +139,13 @@ class _Budget:
         """Raise LimitExceeded where the time is up."""
         if time.monotonic() > self._deadline:
             raise LimitExceeded(f"takes more than {MAX_SECONDS} s to check")
+
+    def timed(self, items: Iterable[_T]) -> Iterator[_T]:
+        """The same items, with a look at the time now and then."""
+        for count, item in enumerate(items, 1):
+            yield item
+            if not count % 64:
+                self.check_time()
 
     def boundaries(self, root: MimeMessage) -> set[bytes]:
         """The boundaries of all multiparts of a message; looked for once."""
@@ -204,7 +228,7 @@ def _to_text(data: bytes, charset: str = "utf-8") -> str:
     """Bytes as text under whatever name of a charset the mail gives; never fails."""
     for name in (charset, "utf-8"):
         try:
-            return str(data, name)
+            return str(data, _charset(name))
         except (LookupError, ValueError):  # unknown, no text encoding, or it does not fit
             continue
     return data.decode("latin-1")
@@ -665,7 +689,7 @@ class MimeMessage(Message):
         if i is None and not decode and isinstance(payload, str) and not payload.isascii():
             data = _as_bytes(payload)
             try:
-                return data.decode(self.get_content_charset("ascii"), "replace")
+                return data.decode(_charset(self.get_content_charset("ascii")), "replace")
             except (LookupError, ValueError):
                 return data.decode("ascii", "replace")
         return super().get_payload(i, decode)  # type: ignore[call-overload]
@@ -677,14 +701,26 @@ class MimeMessage(Message):
         return _decode(_as_bytes(str(self._payload)), self._encodings()[0])
 
     def _encodings(self) -> list[str]:
-        """The transfer encodings that a reader might apply; more than one only by foul play."""
-        found = []
+        """The transfer encodings that a reader might apply; more than one only by foul play.
+
+        Of the names that `_decode` treats alike only the first, so they are few.
+        """
+        found: dict[str, str] = {}
         for value in self._raw_values("content-transfer-encoding"):
             match = re.match(r"[\s(\"]*([A-Za-z0-9-]*)", value)
             name = match.group(1).lower() if match else ""
-            if name not in found:
-                found.append(name)
-        return found or [""]
+            found.setdefault(_CODINGS.get(name, ""), name)
+        return list(found.values()) or [""]
+
+    def _charsets(self) -> list[str]:
+        """The charsets that a reader might take; the first is that of `get_content_charset`."""
+        found = [self.get_content_charset("")]
+        for value in self._raw_values("content-type"):
+            for piece in list(_split_parameters(value[:MAX_NAME_TEXT]))[: MAX_PARAMETERS + 1]:
+                label, equals, text = piece.partition("=")
+                if equals and label.strip().lower().startswith("charset"):
+                    found.extend(_name_variants(text.strip(), "*" in label))
+        return list(dict.fromkeys(found))
 
     def _raw_values(self, name: str) -> list[str]:
         """All values of a header, as text."""
@@ -728,9 +764,11 @@ class MimeMessage(Message):
 
     def _getnames(self, scan_zip: bool, budget: _Budget) -> list[tuple[str, str]]:
         names: dict[tuple[str, str], None] = {}
+        room = MAX_NAME_TEXT
         for header in ("content-type", "content-disposition"):
             for text in self._raw_values(header):
-                names.update(dict.fromkeys(_header_names(text)))
+                names.update(dict.fromkeys(_header_names(text[:room])))
+                room = max(0, room - len(text))
         filename = self.get_filename()
         if filename:
             names["filename", filename] = None
@@ -769,6 +807,8 @@ class MimeMessage(Message):
         """
         if self.limit:
             return self.limit
+        if self._name_text_size() > MAX_NAME_TEXT:
+            return f"more than {MAX_NAME_TEXT} characters of names"
         for header in ("content-type", "content-disposition"):
             for text in self._raw_values(header):
                 if text.count(";") > MAX_PARAMETERS and (
@@ -782,6 +822,11 @@ class MimeMessage(Message):
         if self._second_boundary():
             return "ambiguous boundary"
         return None
+
+    def _name_text_size(self) -> int:
+        """How much there is in which names are looked for."""
+        headers = ("content-type", "content-disposition")
+        return sum(len(str(v)) for k, v in self.raw_items() if k.lower() in headers)
 
     def _second_boundary(self) -> bool:
         """Whether some other boundary than the one in use would cut the body too."""
@@ -828,7 +873,7 @@ class MimeMessage(Message):
             pass
         declared = self.get_content_charset()
         try:
-            return _as_str(text.encode(declared or "utf-8"))
+            return _as_str(text.encode(_charset(declared or "utf-8")))
         except (LookupError, ValueError):
             declared = None
         finally:
@@ -1079,13 +1124,22 @@ def _decode_uu(data: bytes) -> bytes:
     return b"".join(out)
 
 
+# What each transfer encoding is at bottom; all others leave the data as it is.
+_CODINGS = {
+    "base64": "base64",
+    "quoted-printable": "quoted-printable",
+    **dict.fromkeys(("x-uuencode", "uuencode", "uue", "x-uue"), "uuencode"),
+}
+
+
 def _decode(data: bytes, encoding: str) -> bytes:
     """Undo the transfer encoding (RFC 2045, section 6)."""
-    if encoding == "base64":
+    coding = _CODINGS.get(encoding)
+    if coding == "base64":
         return _decode_base64(data)
-    if encoding == "quoted-printable":
+    if coding == "quoted-printable":
         return binascii.a2b_qp(data)
-    if encoding in ("x-uuencode", "uuencode", "uue", "x-uue"):
+    if coding == "uuencode":
         return _decode_uu(data)
     return data
 
@@ -1107,6 +1161,16 @@ _BLANKS = " \t\r\n.\"'<>;,"
 _CLSID = re.compile(r"\{[0-9a-f-]+\}?\Z")
 
 
+def _compatible(text: str) -> str:
+    """Each character as its compatibility form (Unicode's NFKC), on its own.
+
+    The ASCII that hides in other characters comes out just as well.  Of the whole text, NFKC
+    sorts the combining marks that follow one another, in a time quadratic in their number.
+    """
+    forms = {ord(c): unicodedata.normalize("NFKC", c) for c in set(text) if c > "\x7f"}
+    return text.translate(forms)
+
+
 def _name_readings(name: str) -> Iterator[str]:
     """The names that a system might make of `name` when it writes the file."""
     yield name
@@ -1115,7 +1179,7 @@ def _name_readings(name: str) -> Iterator[str]:
     if "%" in name:
         yield urllib.parse.unquote(name)
     if not name.isascii():
-        yield unicodedata.normalize("NFKC", name)
+        yield _compatible(name)
 
 
 def _extensions(name: str) -> Iterator[str]:
@@ -1159,6 +1223,7 @@ _ZIP_TYPES = {
     *("application/zip", "application/x-zip", "application/x-zip-compressed"),
     *("application/zip-compressed", "multipart/x-zip"),
 }
+_ZIP_METHODS = {bytes((method, 0)) for method in (*range(21), *range(93, 100))}  # APPNOTE 4.4.5
 _UNICODE_PATH = 0x7075
 _HIDDEN_DIRECTORY = 0x2000  # flag bit 13: names masked by central directory encryption
 
@@ -1195,30 +1260,59 @@ def _scan_zip(data: bytes, depth: int, names: list[str], budget: _Budget) -> Non
         raise zipfile.BadZipFile("does not begin as a zip does")
     if data.count(b"PK\x01\x02") + len(names) > MAX_ZIP_NAMES:
         raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
-    names.extend(_local_names(data))
+    names.extend(_local_names(data, budget))
+    _check_extra(data)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
             if info.flag_bits & _HIDDEN_DIRECTORY:
                 raise _ZipLimit("names are encrypted")
-            names.append(info.filename)
+            found = [info.filename]
             if info.orig_filename != info.filename:
-                names.append(info.orig_filename)
-            names.extend(_unicode_paths(info.extra))
-            budget.check_time()
+                found.append(info.orig_filename)
+            found.extend(_unicode_paths(info.extra))
+            for name in found:
+                _count_name(len(name), budget)
+            names.extend(found)
             member = _read_member(archive, info, budget)
             if member is not None:
                 _scan_zip(member, depth + 1, names, budget)
 
 
-def _local_names(data: bytes) -> list[str]:
-    """The names in the local headers, which a reader may trust over the directory's."""
+def _check_extra(data: bytes) -> None:
+    """Raise where the directory holds more of extra fields than zipfile could read in time.
+
+    It takes time quadratic in those of one member, and reads all members at once.
+    """
+    total = 0
+    for found in re.finditer(rb"PK\x01\x02", data):
+        at = found.start() + 30
+        total += int.from_bytes(data[at : at + 2], "little")
+        if total > MAX_ZIP_EXTRA:
+            raise _ZipLimit(f"more than {MAX_ZIP_EXTRA} bytes of extra fields")
+
+
+def _count_name(size: int, budget: _Budget) -> None:
+    """Account for one name in a zip; raise where it is too long, or where they are too many."""
+    if size > MAX_ZIP_NAME:
+        raise _ZipLimit(f"a name of more than {MAX_ZIP_NAME} bytes")
+    budget.unpack(size)
+
+
+def _local_names(data: bytes, budget: _Budget) -> list[str]:
+    """The names in the local headers, which a reader may trust over the directory's.
+
+    What looks like the start of a header may be any data; then its name may have any length, and
+    overlap with that of the next one.
+    """
     names = []
-    for found in re.finditer(rb"PK\x03\x04", data):
+    for found in budget.timed(re.finditer(rb"PK\x03\x04", data)):
         start = found.start() + 30
         size = int.from_bytes(data[start - 4 : start - 2], "little")
-        name = data[start : start + size]
-        if name and len(name) == size:
-            names.append(_to_text(name))
+        if size and start + size <= len(data):
+            if size > MAX_ZIP_NAME and data[start - 22 : start - 20] not in _ZIP_METHODS:
+                continue  # no header, and if it were one: nobody could unpack the file
+            _count_name(size, budget)
+            names.append(_to_text(data[start : start + size]))
             if len(names) > MAX_ZIP_NAMES:
                 raise _ZipLimit(f"more than {MAX_ZIP_NAMES} names")
     return names
@@ -1227,12 +1321,13 @@ def _local_names(data: bytes) -> list[str]:
 def _unicode_paths(extra: bytes) -> list[str]:
     """The names in the Unicode path fields of a member (APPNOTE 4.6.9)."""
     names = []
-    while len(extra) >= 4:
-        kind = int.from_bytes(extra[:2], "little")
-        size = int.from_bytes(extra[2:4], "little")
+    pos = 0
+    while pos + 4 <= len(extra):
+        kind = int.from_bytes(extra[pos : pos + 2], "little")
+        size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
         if kind == _UNICODE_PATH and size > 5:
-            names.append(_to_text(extra[9 : 4 + size]))
-        extra = extra[4 + size :]
+            names.append(_to_text(extra[pos + 9 : pos + 4 + size]))
+        pos += 4 + size
     return names
 
 
@@ -1414,7 +1509,7 @@ def _bad_css(text: str) -> bool:
         if "\\" in view:
             view = re.sub(r"\\([0-9a-fA-F]{1,6})\s?", _css_character, view).replace("\\", "")
         if not view.isascii():
-            view = unicodedata.normalize("NFKC", view)
+            view = _compatible(view)
         if _BAD_CSS.search(_squeeze(view)):
             return True
     return False
@@ -1448,6 +1543,8 @@ class HTMLScriptFilter(SGMLFilter):
     def __init__(self, out: _Writer, _inner: bool = False) -> None:
         self._inner = _inner  # the text is what a comment or a raw element holds
         self._raw_name = ""
+        self._next_greater = ("", -1)
+        self._budget: _Budget | None = None
         super().__init__(out)
 
     def feed(self, data: str) -> None:
@@ -1459,9 +1556,14 @@ class HTMLScriptFilter(SGMLFilter):
         out = io.StringIO()
         parser = HTMLScriptFilter(out, _inner=True)
         parser.msg = self.msg
+        parser._budget = self._budget
         parser.feed(text)
         parser.close()
         return out.getvalue()
+
+    def _attributes(self, text: str, pos: int) -> list[tuple[str, str]]:
+        """As in the base class; not for `defang`, as no method here looks at them."""
+        return [] if self._budget else super()._attributes(text, pos)
 
     # -- elements
 
@@ -1530,7 +1632,7 @@ class HTMLScriptFilter(SGMLFilter):
     def unknown_starttag(self, tag: str, attr: list[tuple[str, str]]) -> None:
         """Pass a start tag on, without the attributes that run scripts."""
         if self._source is not None:
-            self._source = _safe_tag(tag, self._source)
+            self._source = _safe_tag(tag, self._source, self._budget)
         super().unknown_starttag(tag, attr)
 
     # -- the rest
@@ -1552,10 +1654,13 @@ class HTMLScriptFilter(SGMLFilter):
         """As in the base class; of a CDATA section only the start, where it holds markup."""
         start = self.rawdata[i : i + 9]
         if start.upper() == "<![CDATA[":
-            k = self.rawdata.find(">", i)
+            text, k = self._next_greater
+            if text is not self.rawdata or k < i:  # else it is that of the section before
+                k = self.rawdata.find(">", i)
+                self._next_greater = (self.rawdata, k)
             if k < 0:
                 return -1
-            if "<" in self.rawdata[i + 1 : k] or self.rawdata[k - 2 : k] != "]]":
+            if self.rawdata.find("<", i + 1, k) >= 0 or self.rawdata[k - 2 : k] != "]]":
                 # In a style sheet a gap would not part what it parts in markup.
                 self.write((self._inner and self.msg) or _GAP)
                 return i + 9
@@ -1571,7 +1676,8 @@ class HTMLScriptFilter(SGMLFilter):
     def handle_pi(self, data: str) -> None:
         """Pass a processing instruction on, unless it may run a script."""
         squeezed = _squeeze(data)
-        if "<" in data or squeezed.startswith("import") or _SUSPECT.search(squeezed):
+        suspect = _SUSPECT.search(squeezed) or _UTF_7.search(squeezed)  # XML's encoding="..."
+        if "<" in data or squeezed.startswith("import") or suspect:
             self.write(self.msg)
         else:
             super().handle_pi(data)
@@ -1601,12 +1707,13 @@ def _end_pattern(name: str) -> tuple[re.Pattern[str], int]:
     return pattern, len(name) + 24
 
 
-def _safe_tag(tag: str, text: str) -> str:
+def _safe_tag(tag: str, text: str, budget: _Budget | None) -> str:
     """A start tag without the attributes that run scripts; a gap where its name is in doubt."""
     if _ODD_NAME.search(tag):
         return _GAP
     out, pos = [], 0
-    for start, end, name, value in iter_attributes(text, 1 + len(tag)):
+    attributes = iter_attributes(text, 1 + len(tag))
+    for start, end, name, value in budget.timed(attributes) if budget else attributes:
         if _harmful(tag, name.lower(), value) or not _plain_value(value, text[start:end]):
             out.append(text[pos:start].rstrip(" \t\n\r\f\v"))
             if text[end : end + 1] not in tuple(" \t\n\r\f\v/>"):
@@ -1642,14 +1749,16 @@ def _harmful(tag: str, name: str, value: str | None) -> bool:
         return False
     if name == "style":
         return _bad_css(_unescape(value))
-    if ":" not in value and "&" not in value and name not in ("type", "content"):
+    if ":" not in value and "&" not in value and name not in ("type", "content", "charset"):
         return False
     squeezed = _squeeze(value)
+    if name == "charset" and _UTF_7.search(squeezed):
+        return True
     if name in _LIST_ATTRIBUTES:
         return bool(
             _SCRIPT_ANYWHERE.search(squeezed)
             or _DATA_ANYWHERE.search(squeezed)
-            or "utf-7" in squeezed
+            or _UTF_7.search(squeezed)
         )
     if name == "type" and "scriptlet" in squeezed:
         return True
@@ -1661,12 +1770,29 @@ def _harmful(tag: str, name: str, value: str | None) -> bool:
 
 
 _STATEFUL = re.compile(r"iso-?2022|hz|utf-?7|utf-?16|utf-?32|ucs", re.IGNORECASE)
+_UTF_7 = re.compile("utf-?7")
 _BOMS = (
     (b"\xff\xfe\x00\x00", "utf-32"),
     (b"\x00\x00\xfe\xff", "utf-32"),
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
+    (b"\xef\xbb\xbf", "latin-1"),  # UTF-8; and see _html_charset
 )
+_MARKS = tuple(mark for mark, _ in _BOMS)
+_JIS_TOKEN = re.compile(rb"\x1b(\([BIJ]|\$[@B])|\x1b|[^\x1b]+")
+_JIS_2_TOKEN = re.compile(rb"\x1b(\([BIJ]|\$[@AB]|\$\([CDOPQ])|\x1b|[^\x1b]+")
+_MAX_VIEWS = 4
+
+
+def _like_ascii(codec: str) -> bool:
+    """Whether ASCII means itself in a charset, wherever it stands."""
+    if _STATEFUL.search(codec):
+        return False
+    probe = "<script>=\"&;/'"
+    try:
+        return codec == "utf-8-sig" or probe.encode(codec) == probe.encode("ascii")
+    except ValueError:
+        return False
 
 
 def _html_charset(data: bytes, declared: str | None) -> str:
@@ -1677,31 +1803,97 @@ def _html_charset(data: bytes, declared: str | None) -> str:
     for mark, charset in _BOMS:
         if data.startswith(mark):
             return charset
-    if not declared:
-        return "latin-1"
-    probe = "<script>=\"&;/'"
     try:
-        plain = probe.encode(declared) == probe.encode("ascii")
-        if plain and not _STATEFUL.search(declared):
+        codec = _charset(declared or "latin-1")
+        if _like_ascii(codec):
             return "latin-1"
-        data.decode(declared)
+        # Mail programs write more characters into ISO-2022-JP than the codec knows.
+        if not (codec.startswith("iso2022-jp") and data.isascii() and b"\x1b" in data):
+            data.decode(codec)
     except (LookupError, ValueError):
         return "latin-1"
-    return declared
+    return codec
 
 
-def _clean_html(data: bytes, declared: str | None, budget: _Budget) -> bytes | None:
-    """HTML without scripts, None where there are none."""
-    charset = _html_charset(data, declared)
+def _html_views(data: bytes, charset: str, declared: list[str], budget: _Budget) -> Iterator[str]:
+    """How readers might see HTML that was filtered in one charset, where they take another."""
+    codecs = dict.fromkeys(codec for name in declared for codec in _codecs_in(name))
+    others = [codec for codec in codecs if codec != charset and not _like_ascii(codec)]
+    if charset in ("utf-16", "utf-32") and not data.startswith(_MARKS):
+        others.append(charset + "-be")  # as RFC 2781 has it; the codec and browsers do not
+    if charset == "utf-7":
+        others.append("latin-1")  # browsers do not know UTF-7
+    if len(others) > _MAX_VIEWS:
+        raise LimitExceeded(f"HTML in more than {_MAX_VIEWS} charsets")
+    for codec in others:
+        yield data.decode(codec, "replace")
+    japanese = charset.startswith("iso2022-jp")
+    if b"\x1b" in data and (japanese or charset in ("latin-1", "utf-7")):
+        # whether declared in the header, in a <meta>, or guessed
+        yield _jis_view(data, charset.startswith("iso2022-jp-"), budget)
+
+
+def _codecs_in(name: str) -> Iterator[str]:
+    """The charsets that might be meant by a parameter: also one within comments or quotes."""
+    for word in re.findall(r"[A-Za-z0-9._:-]+", name[:1000])[:10]:
+        try:
+            yield _charset(word)
+        except (LookupError, ValueError):
+            continue
+
+
+def _jis_view(data: bytes, more: bool, budget: _Budget) -> str:
+    """ISO-2022-JP as browsers decode it, with U+FFFD for all that is not ASCII.
+
+    (WHATWG's Encoding standard, section 12.2.)  An escape sequence right after another one
+    leaves a U+FFFD, and after one that does not exist the mode stays; Python differs in both.
+    `more`: also the escape sequences of the later ISO-2022-JP-1, -2 and -3.
+    """
+    out = []
+    mode, empty = b"(B", False
+    for token in budget.timed((_JIS_2_TOKEN if more else _JIS_TOKEN).finditer(data)):
+        if token[1]:
+            mode = token[1]
+            if empty:
+                out.append("\ufffd")
+            empty = True
+            continue
+        empty = False
+        if mode in (b"(B", b"(J") and token[0] != b"\x1b":
+            text = token[0].decode("ascii", "replace")
+            out.append(re.sub("[\x0e\x0f]", "\ufffd", text))
+        else:
+            out.append("\ufffd" * len(token[0]))
+    return "".join(out)
+
+
+def _clean_html(data: bytes, declared: list[str], budget: _Budget) -> bytes | None:
+    """HTML without scripts, None where there are none; `declared` are all charsets it claims."""
+    charset = _html_charset(data, declared[0] if declared else None)
     text = data.decode(charset, "replace")
+    cleaned = _filter_html(text, budget)
+    after = data if cleaned == text else cleaned.encode(charset, "xmlcharrefreplace")
+    if (
+        after.startswith(_MARKS)
+        and not data.startswith(_MARKS)
+        and charset not in ("utf-16", "utf-32")  # which have it written
+    ):
+        raise LimitExceeded("HTML with NULs before a byte order mark")
+    for view in _html_views(after, charset, declared, budget):
+        if _filter_html(view, budget) != view.replace("\0", ""):
+            raise LimitExceeded("HTML with a script in another charset")
+    return None if after is data else after
+
+
+def _filter_html(text: str, budget: _Budget) -> str:
     out = io.StringIO()
     parser = HTMLScriptFilter(out)
+    parser._budget = budget
     for start in range(0, len(text), 65536):
         budget.check_time()
         parser.feed(text[start : start + 65536])
     parser.close()
-    cleaned = out.getvalue()
-    return None if cleaned == text else cleaned.encode(charset, "xmlcharrefreplace")
+    return out.getvalue()
 
 
 # -- checks
@@ -1760,7 +1952,11 @@ def _check_name(
     if bad:
         _log.warning("part removed: %s", bad)
     else:
-        bad = _bad_name(msg, ckname, scan_zip, budget)
+        try:
+            bad = _bad_name(msg, ckname, scan_zip, budget)
+        except LimitExceeded as exc:
+            _log.warning("part removed: %s", exc)
+            bad = exc
     if bad:
         _replace(msg, str(bad), savname)
     return bool(bad)
@@ -1770,7 +1966,9 @@ def _bad_name(
     msg: MimeMessage, ckname: Callable[[str], object], scan_zip: bool, budget: _Budget
 ) -> object:
     names = msg._getnames(False, budget)
-    for _, name in names:
+    for _, name in budget.timed(names):
+        if len(name) > MAX_NAME_TEXT:
+            raise LimitExceeded(f"a name of more than {MAX_NAME_TEXT} characters")
         bad = ckname(name)
         if bad:
             return bad
@@ -1782,7 +1980,8 @@ def _bad_name(
             if bad:
                 _log.info("bad name in a zip: %r", name)
                 return next((n for _, n in names if _is_zip_name(n)), None) or bad
-    except zipfile.BadZipFile as exc:
+            budget.check_time()
+    except (zipfile.BadZipFile, LimitExceeded) as exc:
         _log.warning("zip removed: %s", exc)
         return next((n for _, n in names if n), None) or "zip"
     return None
@@ -1799,13 +1998,16 @@ def check_html(msg: MimeMessage, savname: object = None) -> int:
 
 
 def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
-    if msg.is_multipart() or not isinstance(msg._payload, str) or not _is_html(msg):
+    if msg.is_multipart() or not isinstance(msg._payload, str):
         return
-    payload = _as_bytes(msg._payload)
-    encodings = msg._encodings()
     try:
+        if not _is_html(msg, budget):
+            return
+        payload = _as_bytes(msg._payload)
+        encodings = msg._encodings()
+        charsets = msg._charsets()
         for encoding in encodings:
-            cleaned = _clean_html(_decode(payload, encoding), msg.get_content_charset(), budget)
+            cleaned = _clean_html(_decode(payload, encoding), charsets, budget)
             if cleaned is not None:
                 after = _encode(cleaned, encoding)
                 if _forges_boundary(payload, after, budget.boundaries(msg._root)):
@@ -1836,12 +2038,12 @@ def _forges_boundary(before: bytes, after: bytes, boundaries: set[bytes]) -> boo
     return bool(boundaries) and count(after) > count(before)
 
 
-def _is_html(msg: MimeMessage) -> bool:
+def _is_html(msg: MimeMessage, budget: _Budget) -> bool:
     types = [value.partition(";")[0].strip().lower() for value in msg._raw_values("content-type")]
     if any(t in _HTML_TYPES for t in [*types, msg.get_content_type()]):
         return True
-    for _, name in msg._getnames(False, _Budget()):
-        if any(extension in _HTML_EXTENSIONS for extension in _extensions(name)):
+    for _, name in budget.timed(msg._getnames(False, budget)):
+        if any(extension in _HTML_EXTENSIONS for extension in _extensions(name[-MAX_NAME_TEXT:])):
             return True
     return False
 
@@ -1921,7 +2123,7 @@ class _Defang:
         if kind != "multipart" and not self.scan_rfc822:
             return
         if not msg.is_multipart() and isinstance(msg._payload, str):
-            for _, name in msg._getnames(False, self.budget):
+            for _, name in self.budget.timed(msg._getnames(False, self.budget)):
                 if any(extension in _MESSAGE_EXTENSIONS for extension in _extensions(name)):
                     for encoding in msg._encodings():
                         yield _decode(_as_bytes(msg._payload), encoding), name

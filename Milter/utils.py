@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import binascii
 import codecs
+import encodings.aliases
 import fnmatch
+import pkgutil
 import re
 import socket
 import threading
@@ -590,14 +592,36 @@ class _Word:
         return re.sub("[\ud800-\udfff]", "\ufffd", re.sub(r"[\r\n\0]+", " ", text))
 
 
+_CODECS = frozenset(module.name for module in pkgutil.iter_modules(encodings.__path__))
+
+
+def _charset(name: str) -> str:
+    """Return the name of the codec for a charset; LookupError where mail may not use it.
+
+    Only names that Python's own codecs have, or ``encodings.aliases``, are looked up, in one
+    spelling: Python keeps every name that it was ever asked for.
+    """
+    if len(name) > 40 or not name.isascii():
+        raise LookupError("unknown charset")
+    plain = re.sub(r"[^a-z0-9.]+", "_", name.lower()).strip("_")
+    known = encodings.aliases.aliases
+    if plain not in known and plain not in _CODECS:
+        plain = plain.replace(".", "_")
+        if plain not in known:
+            raise LookupError("unknown charset")
+    codec = codecs.lookup(plain).name.replace("_", "-")
+    if codec in _NOT_CHARSETS:
+        raise LookupError("no charset")
+    b"a".decode(codec, "replace")  # refuses codecs between bytes and bytes or str and str
+    return codec
+
+
 def _codec(charset: str) -> str | None:
     """Return the name of the codec for a charset, None where there is none."""
     try:
-        name = codecs.lookup(charset).name.replace("_", "-")
-        b"a".decode(name, "replace")  # refuses codecs between bytes and bytes or str and str
+        return _charset(charset)
     except (LookupError, ValueError):
         return None
-    return None if name in _NOT_CHARSETS else name
 
 
 def _decode_q(data: bytes) -> bytes:

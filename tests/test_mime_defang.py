@@ -7,6 +7,7 @@ import binascii
 import io
 import socket
 import time
+import unicodedata
 import zipfile
 
 import pytest
@@ -241,6 +242,37 @@ def test_too_many_parameters_are_suspicious():
     assert len(read(part("Content-Type: x/y" + "; a=b" * 3000)).getnames()) == 1
 
 
+@pytest.mark.parametrize("unit", ["a:", "a", "\u0661", "a%3A", "=?a", "\ufdfa", " "])
+@pytest.mark.parametrize("header", ["Content-Type: x/y; name", "Content-Disposition: x; filename*"])
+def test_too_much_of_names_is_suspicious(header, unit):
+    raw = part(f'{header}="{unit * (1_000_000 // len(unit))}"')
+    began = time.process_time()
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert "more than 65536 characters of names" in msg.get_payload()
+    msg = read(raw)
+    msg.getnames()
+    assert mime.check_html(msg) == 0
+    assert time.process_time() - began < 5
+
+
+def test_as_much_of_names_as_is_allowed():
+    raw = part("Content-Type: x/y" + "; name=" + "a" * 65_000)
+    assert not removed(raw)
+    half = "a" * 40_000
+    assert removed(part(f"Content-Type: x/y; name={half}\nContent-Disposition: x; y={half}"))
+    lines = f"\nContent-Disposition: x; y={'a' * 1_000}" * 70
+    assert removed(part("Content-Type: x/y" + lines + "; filename=a.exe"))
+
+
+def test_uuencoded_names_are_bounded():
+    body = b"begin 644 " + b"a:" * 500_000 + b"\n#86)C\n`\nend\n"
+    began = time.process_time()
+    assert removed(part("Content-Type: text/plain", body))
+    assert mime.check_html(read(part("Content-Type: text/plain", body))) == 0
+    assert time.process_time() - began < 5
+
+
 # -- structure
 
 
@@ -375,6 +407,48 @@ def test_time_is_bounded(monkeypatch):
     msg = read(attached(zipped("a.txt")))
     mime.check_name(msg, scan_zip=True)
     assert "named 'x.zip'" in msg.get_payload()
+
+
+def seconds(function, argument, runs=3):
+    """The least time that a call takes."""
+    best = 1e9
+    for _ in range(runs):
+        began = time.process_time()
+        function(argument)
+        best = min(best, time.process_time() - began)
+    return best
+
+
+def takes_linear_time(function, make, size):
+    """Whether four times the input takes about four times as long; quadratic time takes 16."""
+    return seconds(function, make(4 * size)) <= 8 * seconds(function, make(size)) + 0.05
+
+
+def test_names_of_combining_marks_take_linear_time():
+    def marks(size):
+        return "a" + "\u0301" * (size // 2) + "\u0323" * (size // 2)
+
+    assert takes_linear_time(mime.check_ext, marks, 8_000)
+    assert takes_linear_time(mime._bad_css, marks, 8_000)
+
+
+def test_compatibility_forms_are_the_ascii_that_nfkc_makes_of_them():
+    every = [chr(c) for c in range(0x80, 0x30000)]
+    for char in every:
+        assert mime._compatible(f"a{char}z") == "a" + unicodedata.normalize("NFKC", char) + "z"
+    assert mime.check_ext("a.\uff45\u24e7\U0001d41e")
+
+
+@pytest.mark.parametrize("unit", [b" a=", b" a=b", b" a"])
+def test_the_time_for_one_tag_is_bounded(monkeypatch, unit):
+    raw = part("Content-Type: text/html", b"<a" + unit * (1_000_000 // len(unit)) + b">")
+    assert not mime.defang(read(raw))
+    looks = iter(range(40))  # more than one for each piece that the filter is fed
+    monkeypatch.setattr(mime.time, "monotonic", lambda: 1e12 if next(looks, None) is None else 0.0)
+    monkeypatch.setattr(mime, "MAX_SECONDS", 1.0)
+    msg = read(raw)
+    mime.check_html(msg)
+    assert "takes more than 1.0 s to check" in msg.get_payload()
 
 
 def test_exceeded_bounds_are_logged(caplog):
@@ -521,6 +595,77 @@ def test_many_local_headers_are_bounded():
         mime.zipnames(b"PK\3\4" + b"PK\1\2" * 10_001)
 
 
+def extra_fields(members, field):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for number in range(members):
+            info = zipfile.ZipInfo(f"{number}.txt")
+            info.extra = field * (65_000 // len(field))
+            archive.writestr(info, b"x")
+    return out.getvalue()
+
+
+def test_extra_fields_are_bounded():
+    assert len(mime.zipnames(extra_fields(3, b"\x99\x99\x00\x00"))) == 3
+    began = time.process_time()
+    for data in (
+        extra_fields(200, b"\x99\x99\x00\x00"),
+        zipped(("n.zip", extra_fields(200, b"\x99\x99\x00\x00")), **DEFLATED),
+    ):
+        with pytest.raises(zipfile.BadZipFile, match="bytes of extra fields"):
+            mime.zipnames(data)
+    assert time.process_time() - began < 5
+
+
+def test_names_in_extra_fields_take_linear_time():
+    def fields(size):
+        return b"\x99\x99\x00\x00" * (size // 4)
+
+    assert takes_linear_time(mime._unicode_paths, fields, 400_000)
+    field = b"\x75\x70\x0a\x00\1\0\0\0\0a.exe"
+    assert mime._unicode_paths(b"\x99\x99\x01\x00x" + field + b"\1") == ["a.exe"]
+    assert mime._unicode_paths(field[:-2]) == ["a.e"]
+
+
+def local_headers(count, size, method=0):
+    """A zip after headers whose names overlap each other."""
+    header = b"PK\3\4" + b"\1\0\0\0" + method.to_bytes(2, "little") + b"\1" * 16
+    return (header + size.to_bytes(2, "little") + b"\0\0") * count + b"a" * size + zipped("a.txt")
+
+
+def test_names_in_local_headers_are_bounded(monkeypatch):
+    assert len(mime.zipnames(local_headers(1, 4_096))) == 2
+    for data in (local_headers(1, 4_097), zipped("a" * 4_097), unicode_path("a" * 4_097)):
+        with pytest.raises(zipfile.BadZipFile, match="a name of more than 4096 bytes"):
+            mime.zipnames(data)
+        assert removed(attached(data), scan_zip=True)
+    # such a method does not exist: those four bytes can be anywhere in packed data
+    for method in (21, 0x101):
+        assert mime.zipnames(local_headers(9_000, 60_000, method)) == [("zipname", "a.txt")]
+    monkeypatch.setattr(mime, "MAX_UNPACKED", 400_000)
+    with pytest.raises(zipfile.BadZipFile, match="unpacks to more than 400000 bytes"):
+        mime.zipnames(local_headers(101, 4_000))
+
+
+@pytest.mark.parametrize("where", ["in the zip", "in the header"])
+def test_the_time_for_names_is_bounded(where, monkeypatch):
+    asked = []
+
+    def slow(name):
+        asked.append(name)
+        if len(asked) == 5:
+            monkeypatch.setattr(mime.time, "monotonic", lambda: 1e12)
+
+    if where == "in the zip":
+        raw = attached(zipped(*(f"{i}.txt" for i in range(5_000))))
+    else:
+        raw = part("Content-Type: x/y" + "".join(f"; n{i}=a" for i in range(900)))
+    msg = read(raw)
+    assert mime.check_name(msg, "saved", slow, scan_zip=True) == 0
+    assert len(asked) <= 66
+    assert "has been removed" in msg.get_payload()
+
+
 @given(st.binary(max_size=200), st.integers(0, 10_000), st.binary(max_size=20))
 def test_damaged_zips_never_raise_anything_else(junk, at, patch):
     data = zipped("a.txt", ("n.zip", zipped("b.txt")), **DEFLATED)
@@ -590,6 +735,131 @@ def test_html_in_charsets_unlike_ascii(charset):
     assert result == html.replace("<script>alert(1)</script>", mime.HTMLScriptFilter.msg)
 
 
+EVENT = b'<p title="%b" y=\'%b\' z=" onmouseover=alert(1) w=a">hover</p>'
+JIS = EVENT % (b"\x1b$B", b"\x1b(B")
+UTF_7 = b"<p>+ADw-script+AD4-alert(1)+ADw-/script+AD4-"
+HIDDEN = {
+    "two-byte mode": ("text/html; charset=iso-2022-jp", JIS),
+    "and a byte that does not fit": ("text/html; charset=iso-2022-jp", JIS + b"\xff"),
+    "and half a character": ("text/html; charset=iso-2022-jp", JIS + b"\x1b$B!"),
+    "an alias": ("text/html; charset=csiso2022jp", JIS),
+    "a comment": ('text/html; charset="iso-2022-jp" (x)', JIS),
+    "a second charset": ("text/html; charset=us-ascii; charset=iso-2022-jp", JIS),
+    "meta": ("text/html", b"<meta charset=iso-2022-jp>" + JIS),
+    "guessed": ("text/html", JIS),
+    "two escapes": (
+        "text/html; charset=iso-2022-jp",
+        b'<p title=\x1b(B\x1b(B" onmouseover=alert(1) w=">hover</p>',
+    ),
+    "an escape that does not exist": (
+        "text/html; charset=iso-2022-jp",
+        b'<p title="\x1b$(D" onmouseover=alert(1) w="\x1b(B">hover</p>',
+    ),
+    "utf-7": ("text/html; charset=utf-7", UTF_7 + b"\xff"),
+    "utf-7 by another name": ("text/html; charset=u7", UTF_7 + b"\xff"),
+    "utf-7 in a second parameter": ("text/html; charset=utf-8; charset=utf-7", UTF_7),
+    "utf-7 in a second header": (
+        "text/html; charset=utf-8\nContent-Type: text/html; charset=utf-7",
+        UTF_7,
+    ),
+    "not utf-7 to a browser": (
+        "text/html; charset=utf-7",
+        b"<p title=\"+ACI- y='\" onmouseover=alert(1) w='>hover</p>",
+    ),
+    "utf-16, most significant byte first": (
+        "text/html; charset=utf-16",
+        "<script>alert(1)</script>".encode("utf-16-be"),
+    ),
+    "half a character of utf-16": (
+        "text/html; charset=utf-16be",
+        "<script>alert(1)</script>".encode("utf-16-be")[:-1],
+    ),
+    "many": (
+        "text/html" + "".join(f"; charset=cp{n}" for n in ("037", 273, 424, 500, 875, 1026)),
+        b"x",
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "body"), HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("encoding", ["8bit", "base64"])
+def test_scripts_that_show_in_another_charset(kind, body, encoding):
+    data = base64.encodebytes(body) if encoding == "base64" else body
+    raw = part(f"Content-Type: {kind}\nContent-Transfer-Encoding: {encoding}", data)
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert b"alert" not in msg.get_payload_decoded().replace(b"\0", b"")
+
+
+@pytest.mark.parametrize("markup", ['<meta charset="%s">', '<?xml version="1.0" encoding="%s"?>'])
+def test_utf_7_is_not_declared_within_html(markup):
+    for name in ("utf-7", "UTF-7", "unicode-1-1-utf-7", "x-imap4-modified-utf7", "&#117;tf-7"):
+        msg = read(part("Content-Type: text/html", (markup % name).encode() + UTF_7))
+        assert mime.defang(msg)
+        assert name.encode() not in msg.as_bytes()
+    msg = read(part("Content-Type: text/html", (markup % "utf-8").encode()))
+    assert not mime.defang(msg)
+
+
+JAPANESE = '<html><body title="\u65e5\u672c"><p style="color: red">\u65e5\u672c\u8a9e<br>a</p>'
+ORDINARY = {
+    "iso-2022-jp": JAPANESE.encode("iso-2022-jp"),
+    "ISO-2022-JP": JAPANESE.encode("iso-2022-jp"),
+    "iso-2022-jp-2": (JAPANESE + "\u4e02\u4e04\uac00\xe9").encode("iso-2022-jp-2"),
+    "iso-2022-jp-3": JAPANESE.encode("iso-2022-jp-3"),
+    # one character that Python's codec lacks, and Windows' has
+    "csISO2022JP": JAPANESE.encode("iso-2022-jp") + b"\x1b$B-!<\"<'\x1b(B",
+    "shift_jis": JAPANESE.encode("shift_jis"),
+    "cp932": JAPANESE.encode("cp932"),
+    "euc-jp": JAPANESE.encode("euc-jp"),
+    "iso-2022-kr": "<p title='\uac00'>\uac00\uac01</p>".encode("iso-2022-kr"),
+    "hz-gb-2312": "<p title='\u4f60'>\u4f60\u597d</p>".encode("hz"),
+    "gb18030": "<p title='\u4f60'>\u4f60\u597d</p>".encode("gb18030"),
+    "big5": "<p title='\u529f'>\u529f\u84cb</p>".encode("big5"),
+    "koi8-r": "<p title='\u0416'>\u0416</p>".encode("koi8-r"),
+    "windows-1252": "<p title='\u20ac'>\u20ac</p>".encode("windows-1252"),
+    "utf-7": "<p title='\xe9'>\u20ac + 1</p>".encode("utf-7"),
+    "utf-16": JAPANESE.encode("utf-16"),
+    "utf-16le": (JAPANESE + "\u1b24\u421b").encode("utf-16-le"),
+    "utf-8": b"\xef\xbb\xbf" + JAPANESE.encode() + b"\x1b(B\x1b[m",
+    "us-ascii": b"<meta charset=us-ascii><p>x \x1b[1mbold\x1b(B\x1b[m</p>",
+    "x-unknown": JAPANESE.encode(),
+}
+
+
+@pytest.mark.parametrize("charset", ORDINARY)
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_ordinary_html_stays_as_it_is(charset, quote):
+    raw = part(
+        f"Content-Type: text/html; charset={quote}{charset}{quote}\n"
+        "Content-Transfer-Encoding: base64",
+        base64.encodebytes(ORDINARY[charset]),
+    )
+    msg = read(raw)
+    assert not mime.defang(msg)
+    assert msg.as_bytes() == raw
+
+
+def test_no_byte_order_mark_comes_in():
+    for mark, codec in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le")):
+        body = b"\0" + mark + "<script>alert(1)</script>".encode(codec)
+        msg = read(part("Content-Type: text/html; charset=cp273", body))
+        assert mime.defang(msg)
+        assert b"alert" not in msg.get_payload_decoded()
+    msg = read(part("Content-Type: text/html; charset=utf-8-sig", b"<p onclick=x>y"))
+    assert mime.defang(msg)
+    assert msg.get_payload_decoded() == b"<p>y"
+
+
+def test_scripts_go_and_japanese_stays():
+    body = JAPANESE.encode("iso-2022-jp") + b"\x1b$B-!\x1b(B<script>alert(1)</script><p onclick=x>"
+    msg = read(part("Content-Type: text/html; charset=iso-2022-jp", body))
+    assert mime.defang(msg)
+    text = msg.get_payload_decoded().decode("iso-2022-jp")
+    assert text.startswith(JAPANESE)
+    assert text.endswith(mime.HTMLScriptFilter.msg + "<p>")
+
+
 def test_byte_order_marks_rule():
     for charset in ("utf-16", "utf-32"):
         raw = part(
@@ -618,6 +888,21 @@ def test_two_transfer_encodings():
     msg = read(raw)
     mime.check_html(msg)
     assert msg.get_all("Content-Transfer-Encoding") == ["8bit"]
+
+
+def test_many_transfer_encodings_are_as_few_as_decode_differently():
+    for names, distinct in (
+        (["a1", "7bit", "8BIT"], ["a1"]),
+        (["7bit", "base64", "a1", "BASE64", "uue", "x-uuencode"], ["7bit", "base64", "uue"]),
+        (["quoted-printable", "a1", "base64"], ["quoted-printable", "a1", "base64"]),
+    ):
+        headers = "\n".join(f"Content-Transfer-Encoding: {name}" for name in names)
+        assert read(part(headers))._encodings() == distinct
+    headers = "\n".join(f"Content-Transfer-Encoding: a{i}" for i in range(30_000))
+    raw = part("Content-Type: text/html\n" + headers, b"<p>x" * 2_500)
+    began = time.process_time()
+    assert not mime.defang(read(raw))
+    assert time.process_time() - began < 10
 
 
 def test_other_parts_are_not_html():

@@ -360,6 +360,25 @@ def test_time_is_linear(unit, frame):
     assert any(seconds(200_000) <= 20 * seconds(20_000) + 0.05 for _ in range(5))
 
 
+def test_sections_before_one_end_take_linear_time():
+    def seconds(count):
+        text = "<![CDATA[" * count + ">"
+        began = time.process_time()
+        assert filtered(text) == " " * count + ">"
+        return time.process_time() - began
+
+    assert any(seconds(40_000) <= 8 * seconds(10_000) + 0.05 for _ in range(3))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 1000])
+def test_sections_in_pieces(size):
+    text = (
+        "<![CDATA[a]]><![CDATA[<b]]><![CDATA[c]]> <![CDATA[<![CDATA[d]]><![CDATA[e>f]]><![CDATA[g"
+    )
+    expected = "<![CDATA[a]]> <b]]><![CDATA[c]]>  <![CDATA[d]]> e>f]]><![CDATA[g"
+    assert filtered(text, size=size) == expected
+
+
 def test_huge_references_are_bounded():
     text = '<a href="&#' + "9" * 100_000 + ';">x</a>'
     assert filtered(text) == text

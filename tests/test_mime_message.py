@@ -7,6 +7,7 @@ import copy
 import email
 import email.message
 import email.policy
+import encodings
 import inspect
 import io
 import pathlib
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mime
+from Milter.utils import _codec, parse_header
 
 DATA = pathlib.Path(__file__).parent / "data" / "mime"
 SAMPLES = sorted(path.read_bytes() for path in DATA.glob("*.eml"))
@@ -485,6 +487,94 @@ def test_charsets_that_do_not_exist(charset, form):
     assert msg.as_bytes() == raw
     msg.set_payload("\u20ac")
     assert "\u20ac" in msg.as_bytes().decode("utf-8", "replace") or msg.get_content_charset()
+
+
+CHARSETS = {
+    "windows-1252": "\u20ac",
+    "WINDOWS-1252": "\u20ac",
+    "Windows_1252": "\u20ac",
+    "cp1252": "\u20ac",
+    "ISO_8859-1:1987": "\xe9",
+    "iso-8859-15": "\u20ac",
+    "gb18030": "\u4f60",
+    "GB2312": "\u4f60",
+    "koi8-r": "\u0416",
+    "KOI8-U": "\u0416",
+    "windows-1251": "\u0416",
+    "iso-2022-jp": "\u3042",
+    "csISO2022JP": "\u3042",
+    "euc-jp": "\u3042",
+    "cp932": "\u3042",
+    "MS932": "\u3042",
+    "Shift_JIS": "\u3042",
+    "shift-jis": "\u3042",
+    "sjis": "\u3042",
+    "ms_kanji": "\u3042",
+    "big5": "\u4f60",
+    "Big5-HKSCS": "\u4f60",
+    "ks_c_5601-1987": "\ud55c",
+    "euc-kr": "\ud55c",
+    "tis-620": "\u0e01",
+    "macintosh": "\xe9",
+    "UTF8": "\u20ac",
+    " utf-8 ": "\u20ac",
+    "utf-7": "\u20ac",
+    "utf-16le": "\u20ac",
+}
+
+
+@pytest.mark.parametrize("charset", CHARSETS)
+def test_charsets_of_ordinary_mail(charset):
+    data = CHARSETS[charset].encode(charset.strip())
+    msg = read(f'Content-Type: text/plain; charset="{charset}"\n\n'.encode() + data)
+    if any(byte > 127 for byte in data):
+        assert msg.get_payload() == CHARSETS[charset]
+    name = "".join(f"%{byte:02x}" for byte in data)
+    raw = f"Content-Disposition: x; filename*={charset.strip()}''{name}.txt\n\n"
+    if charset != "utf-16le":  # where ASCII is not itself
+        assert ("filename", CHARSETS[charset] + ".txt") in read(raw.encode()).getnames()
+    msg.set_payload(CHARSETS[charset])
+    assert msg.as_bytes().endswith(data)
+
+
+def messages_naming(charset):
+    yield f"Content-Type: text/html; charset={charset}\n\n<p>\xe9".encode("latin-1")
+    yield f"Content-Disposition: x; filename*={charset}''a%E9\n\n".encode()
+    yield f'Content-Type: x/y; name="=?{charset}?q?a=E9?="\n\n'.encode()
+
+
+def use(raw):
+    msg = read(raw)
+    mime.defang(msg)
+    msg.getnames()
+    msg.get_payload()
+    msg.set_payload("\u20ac")
+    parse_header(raw.decode("latin-1"))
+
+
+def test_names_of_charsets_are_not_kept():
+    for raw in messages_naming("utf-8"):
+        use(raw)
+    known = set(encodings._cache)
+    for charset in ("x-never-heard-of-{}", "utf-8-{}", "{}" + "y" * 100_000, "no.such.{}"):
+        for number in range(3):
+            for raw in messages_naming(charset.format(number)):
+                use(raw)
+    for spelling in ("UTF---8", "utf:_:8", "--utf8", "utf8--", "utf/8"):
+        for raw in messages_naming(spelling):
+            use(raw)
+    assert {name for name in encodings._cache if name not in known} <= {"utf", "utf8", "utf_8"}
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "Puny_Code"])
+def test_slow_codecs_are_no_charsets(charset):
+    text = "a" * 100_000 + "-" + "b" * 100_000
+    began = time.process_time()
+    use(f"Content-Type: text/html; charset={charset}\n\n{text}".encode())
+    name = text[:60_000]
+    use(f"Content-Disposition: x; filename*={charset}''{name}-{name}\n\n".encode())
+    assert time.process_time() - began < 2
+    assert _codec(charset) is None
 
 
 def test_get_payload_keeps_the_errors_of_the_standard_library():
