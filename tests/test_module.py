@@ -431,7 +431,7 @@ def test_the_module_can_be_loaded_anew() -> None:
 
 
 TWICE = """
-import gc, sys
+import gc, logging, sys
 import milter
 
 first = milter

@@ -152,7 +152,7 @@ def test_whatever_is_raised(scripted: Any, body: str, report: str) -> None:
 
 # A child that is not ended goes on as a second filter on the same connection: the alarm ends it.
 FORKING_HOOK = """
-import os, signal, sys
+import logging, os, signal, sys
 
 def hook(kind, exception, traceback):
     child = os.fork()
@@ -174,7 +174,7 @@ def test_a_child_that_the_excepthook_forks_ends(run_filter: Callable[..., Any], 
         assert each.message().smtp == SOFT
         each.mta.expect_nothing()
         assert each.mta.mail("<a@b>").verdict is Verdict.CONTINUE
-    assert running.wait_for("child") == "negotiate ('child', True, 0)"
+    assert running.wait_for("('child'") == "negotiate ('child', True, 0)"
     assert running.stop() == 0
 
 
