@@ -4,6 +4,12 @@
  * processes and writes to files wherever.  A disk that is filling up takes half of the first write.
  * What libmilter sends may be made to take its time.
  *
+ * Beside that, these variables of the environment change one call each:
+ *   FAULTS_SIGNAL    a number: listen() raises this signal, once it listens
+ *   FAULTS_STRERROR  what strerror() says of any error
+ *   FAULTS_RESOLVER  a connected socket's descriptor: getaddrinfo() writes a byte to it and waits
+ *                    for one, for EAI_AGAIN; it fails with EAI_FAIL where none comes
+ *
  * The file that FAULTS names is shared with the test, which says there what is to fail and reads
  * how many such calls there were: see tests/faults.py.
  */
@@ -14,7 +20,10 @@
 #include <execinfo.h>
 #include <fcntl.h>
 #include <link.h>
+#include <netdb.h>
+#include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -30,6 +39,7 @@
 #define DEPTH 14 /* how many callers are looked at: Python's allocator has some of its own */
 
 #define SLOW_MICROSECONDS 500000
+#define RESOLVER_MILLISECONDS 3000
 
 enum {
     NOTHING,
@@ -309,4 +319,43 @@ ssize_t
 pwrite(int fd, const void *data, size_t size, off_t offset)
 {
     return pwrite64(fd, data, size, offset);
+}
+
+int
+listen(int fd, int backlog)
+{
+    int (*next)(int, int) = dlsym(RTLD_NEXT, "listen");
+    const char *number = getenv("FAULTS_SIGNAL");
+    int result = next(fd, backlog);
+
+    if (number != NULL) {
+        raise(atoi(number));
+    }
+    return result;
+}
+
+char *
+strerror(int code)
+{
+    char *(*next)(int) = dlsym(RTLD_NEXT, "strerror");
+    char *words = getenv("FAULTS_STRERROR");
+
+    return words != NULL ? words : next(code);
+}
+
+int
+getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
+            struct addrinfo **list)
+{
+    int (*next)(const char *, const char *, const struct addrinfo *, struct addrinfo **) =
+        dlsym(RTLD_NEXT, "getaddrinfo");
+    const char *number = getenv("FAULTS_RESOLVER");
+    struct pollfd answer = {.fd = number != NULL ? atoi(number) : -1, .events = POLLIN};
+
+    if (number == NULL) {
+        return next(host, service, hints, list);
+    }
+    return send(answer.fd, "?", 1, 0) == 1 && poll(&answer, 1, RESOLVER_MILLISECONDS) == 1
+               ? EAI_AGAIN
+               : EAI_FAIL;
 }

@@ -12,8 +12,11 @@ MTAs, integration/test_crash.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
+import ctypes
+import errno
 import importlib
 import io
 import os
@@ -376,6 +379,134 @@ def test_an_mta_that_goes_while_a_change_is_written(run_filter: Run) -> None:
     passes(running)
 
 
+# --- what the C library does meanwhile ---------------------------------------------------------
+
+STARTING = """
+import atexit, threading  # as many programs do; else main() would run Python code to load them
+import os, signal, sys
+import milter
+
+def stop(number, frame):
+    print("handler", flush=True)
+    sys.exit(5)
+
+how = int(os.environ["FAULTS_SIGNAL"])
+if how != signal.SIGINT:
+    signal.signal(how, stop)
+milter.register("starting")
+milter.set_connect_callback(lambda ctx, *arguments: milter.REJECT)
+milter.setconn(sys.argv[1])
+for _ in range(2):  # listen() is called, and a signal comes, the first time only
+    try:
+        milter.main()
+        print("main returned", flush=True)
+    except BaseException as exc:
+        print("main raised", repr(exc), flush=True)
+"""
+
+
+@needs_faults
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [
+        (signal.SIGTERM, "SystemExit(5)"),
+        (signal.SIGUSR1, "SystemExit(5)"),
+        (signal.SIGINT, "KeyboardInterrupt()"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_signal_while_main_starts(
+    run_filter: Run, faulty: faults.Faults, number: signal.Signals, raised: str
+) -> None:
+    """What its handler raises comes out of main(), which can be called again then."""
+    env = {**faulty.env, "FAULTS_SIGNAL": str(int(number))}
+    running = run_filter(source=STARTING, env=env)
+    with running.mta() as mta:
+        assert mta.connect_info("client.example.com").verdict is Verdict.REJECT
+    assert running.stop(signal.SIGHUP) == 0
+    words = ["handler"] * (number != signal.SIGINT)
+    assert running.output.split("\n") == [*words, f"main raised {raised}", "main returned", ""]
+
+
+WORDS = """
+import milter
+milter.register("words")
+milter.setconn("unix:/nowhere/at/all")
+try:
+    milter.opensocket(False)
+except BaseException as exc:
+    print(ascii([type(exc).__name__, str(exc), type(exc.__cause__).__name__]))
+    print(ascii([exc.__cause__.errno, exc.__cause__.strerror]))
+"""
+
+
+@needs_faults
+def test_an_error_in_words_that_are_not_utf_8(faulty: faults.Faults) -> None:
+    """As in a locale with another encoding: it is said all the same, and loses no byte."""
+    words = "Verzeichnis f\udcfcr S\udcf6ckel fehlt"
+    env = {**os.environ, **faulty.env, "FAULTS_STRERROR": words}
+    done = subprocess.run(
+        [*python_command(), "-c", WORDS],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said, cause = map(ast.literal_eval, done.stdout.splitlines())
+    assert (said[0], said[2]) == ("error", "FileNotFoundError")
+    assert f"/nowhere/at/all: {words}" in said[1]
+    assert cause == [errno.ENOENT, words]
+
+
+RESOLVING = """
+import os, socket, threading
+import milter
+
+ours, theirs = socket.socketpair()
+os.environ["FAULTS_RESOLVER"] = str(theirs.fileno())
+taken = socket.socket()  # a port in use: the resolver is asked only to say what is wrong
+taken.bind(("127.0.0.1", 0))
+taken.listen()
+
+def answer():
+    ours.recv(1)
+    ours.send(b"!")
+
+thread = threading.Thread(target=answer, daemon=True)
+thread.start()
+milter.register("resolving")
+milter.setconn("inet:%d@127.0.0.1" % taken.getsockname()[1])
+try:
+    milter.opensocket(False)
+except milter.error as exc:
+    print(exc)
+thread.join({wait})
+print(thread.is_alive())
+taken.close()
+"""
+
+
+@needs_faults
+def test_other_threads_run_while_the_resolver_is_asked(faulty: faults.Faults) -> None:
+    """It returns only once another thread of Python has answered it."""
+    resolver = ctypes.CDLL(None)
+    resolver.gai_strerror.restype = ctypes.c_char_p
+    done = subprocess.run(
+        [*python_command(), "-c", RESOLVING.replace("{wait}", str(WAIT))],
+        env={**os.environ, **faulty.env},
+        capture_output=True,
+        text=True,
+        timeout=2 * WAIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    error, alive = done.stdout.splitlines()
+    assert error.endswith(resolver.gai_strerror(socket.EAI_AGAIN).decode())
+    assert alive == "False"
+
+
 # --- children ----------------------------------------------------------------------------------
 
 FORK = """
@@ -427,6 +558,57 @@ def test_a_child_that_a_callback_forks(run_filter: Run, stage: str, does: str, s
         assert beside.content().verdict is Verdict.CONTINUE
     assert running.stop() == 0
     assert "main returned" in running.output
+
+
+FORK_BESIDE = """
+import os, signal, threading
+body = threading.Thread(target=ctx.replacebody, args=(b"x" * (16 << 20),))
+body.start()
+open({fifo!r}, "rb", 0).read(1)
+child = os.fork()
+if child == 0:
+    signal.alarm(10)  # ends one that waits for a thread that is not there
+    attempt(lambda: ctx.{call})
+    return milter.CONTINUE
+status = os.waitpid(child, 0)[1]
+say("ended", os.WIFEXITED(status), os.WEXITSTATUS(status))
+body.join()
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "addheader('X-Child', 'x')",
+        "replacebody(b'child')",
+        "progress()",
+        "getsymval('i')",
+        "setreply('550', '5.7.1', 'child')",
+    ],
+)
+def test_a_child_that_is_forked_while_another_thread_changes_the_message(
+    run_filter: Run, directory: Path, call: str
+) -> None:
+    """That thread is not there to end its change: the child's own is refused at once."""
+    running = run_filter("w_scripted")
+    with contextlib.closing(Held(directory, "fork")) as hold:
+        fifo = hold.options[-1].partition(":")[2]
+        with session(running, eom=FORK_BESIDE.format(fifo=fifo, call=call)) as each:
+            each.envelope()
+            each.mta.eoh()
+            each.mta.send_packet(b"E")
+            first = each.mta.read_packet()
+            assert first.command == b"b"  # and the rest is more than the socket takes
+            hold.release()
+            assert each.next(2) == ("ended", True, 0)
+            size, answer = len(first.data), each.mta.read_packet()
+            while answer.command == b"b":
+                size, answer = size + len(answer.data), each.mta.read_packet()
+            assert answer.command == b"c"
+            assert size == 16 << 20
+    (refused, _) = each.said()
+    assert (refused[0], refused[1][0]) == ("raised", "error")
+    assert "this process is a fork of the filter" in refused[2]
 
 
 # --- applications that do wrong ----------------------------------------------------------------

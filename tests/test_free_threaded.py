@@ -26,9 +26,9 @@ ROUNDS = 25  # messages on each connection
 WAIT = 60.0  # seconds: the bound of every wait
 
 
-def run_python(source: str) -> str:
+def run_python(source: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source],
+        [sys.executable, "-W", "error", "-c", source, *arguments],
         capture_output=True,
         text=True,
         timeout=WAIT,
@@ -292,3 +292,35 @@ def test_one_of_many_that_set_up_and_start_at_once_wins(unix_socket: Any) -> Non
         assert outcome.count("'ran'") == 1, outcome
         refusals = r"'main: (it runs already|libmilter cannot start again)[^']*'"
         assert len(re.findall(refusals, outcome)) == 7, outcome
+
+
+MAPPED = """
+import sys, threading
+import milter
+
+count = int(sys.argv[1])
+here = []
+
+def enable():
+    here.append(None)
+    while len(here) < count:  # closer together than any lock would let them go
+        pass
+    milter._metrics(True)  # as Milter.metrics.enable() does, after other things
+
+threads = [threading.Thread(target=enable) for _ in range(count)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+with open("/proc/self/maps") as maps:
+    areas = [line.split()[0].split("-") for line in maps if line.split()[1] == "rw-s"]
+print(sum(int(end, 16) - int(begin, 16) for begin, end in areas))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/maps")
+def test_threads_that_enable_metrics_at_once_share_the_counters() -> None:
+    """There is one area of memory for them; in another one what is counted would be lost."""
+    one = run_python(MAPPED, "1")
+    assert int(one) > 0
+    assert [run_python(MAPPED, "2") for _ in range(3)] == [one] * 3

@@ -105,6 +105,22 @@ def test_messages_verdicts_and_exceptions_are_counted(run_filter: Run) -> None:
     closed(filter_)
 
 
+def test_several_threads_may_enable_it(run_filter: Run) -> None:
+    """At once, on an interpreter without a global lock: see also test_free_threaded."""
+    enable = (
+        "threads = [threading.Thread(target=metrics.enable) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+    )
+    filter_ = run_filter(source=FILTER + enable + RUN)
+    with filter_.mta() as mta:
+        send(mta, b"Subject: a")
+    connections, _, messages, stages = told(filter_)
+    assert (connections, messages) == (2, 1)
+    assert stages["eom"][:2] == (1, {"ACCEPT": 1})
+    assert filter_.stop() == 0
+
+
 def test_nothing_is_counted_unless_wanted(run_filter: Run) -> None:
     filter_ = run_filter(source=FILTER + RUN)
     with filter_.mta() as mta:

@@ -6,6 +6,7 @@ import gc
 import inspect
 import subprocess
 import sys
+import tracemalloc
 import weakref
 from typing import Any, Callable
 
@@ -289,6 +290,35 @@ def test_register_refuses_a_name(name: str, rule: str) -> None:
         milter.register(name)
 
 
+@pytest.mark.parametrize(
+    ("refused", "bound"),
+    [
+        (lambda count: milter.register("\n" * count), 3),
+        (lambda count: milter.register("\U0001f4ec" * count + "\n"), 10),
+        (lambda count: milter.setconn("smtp:" + "\t" * count), 3),
+    ],
+    ids=["name", "wide", "conn"],
+)
+def test_a_huge_argument_is_refused_by_its_beginning(
+    refused: Callable[[int], object], bound: int
+) -> None:
+    """No text of it all is made for the message, which would take time and memory.
+
+    There is room for the argument and its encoded form: so many bytes for each character.
+    """
+    count = 1 << 20
+    tracemalloc.start()
+    try:
+        with pytest.raises(milter.InvalidArgument) as caught:
+            refused(count)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).endswith("...")
+    assert peak < bound * count
+
+
 @pytest.mark.parametrize("arguments", [(), (1,), (None,), ("a", None, None, None, None)])
 def test_register_refuses_other_types(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError):
@@ -398,6 +428,94 @@ def test_the_module_can_be_loaded_anew() -> None:
         "dev",
     )
     assert out == "None\n"
+
+
+TWICE = """
+import gc, logging, sys
+import milter
+
+first = milter
+first.register("first")
+first.set_connect_callback(lambda ctx, *arguments: first.REJECT)
+first.set_helo_callback(lambda ctx, name: "no verdict")
+first.setconn(sys.argv[1])
+del sys.modules["milter"], milter
+import milter
+milter.register("second")
+milter.set_connect_callback(lambda ctx, *arguments: milter.DISCARD)
+{then}
+first.main()
+print("main returned")
+"""
+COLLECTED = "del sys.modules['milter'], milter; gc.collect(); gc.collect()"
+
+
+@pytest.mark.parametrize("then", ["pass", COLLECTED], ids=["kept", "collected"])
+def test_a_filter_runs_by_the_module_that_it_was_set_up_with(
+    run_filter: Callable[..., Any], then: str
+) -> None:
+    """The development mode overwrites memory that is freed, so that what still uses it fails."""
+    source = TWICE.replace("{then}", then)
+    running = run_filter(source=source, options=("-X", "dev"))
+    with running.mta() as peer:
+        assert peer.connect_info("client.example.com").verdict is mta.Verdict.REJECT
+    with running.mta() as peer:
+        assert peer.helo("client.example.com").verdict is mta.Verdict.TEMPFAIL
+    assert "error: the helo callback returned 'no verdict': not an int" in running.output
+    assert running.stop() == 0
+    running.wait_for("main returned")
+
+
+OUTLIVING = """
+import gc, logging, sys, threading
+import milter
+
+first = milter
+told, may_end = threading.Event(), threading.Event()
+
+class Handler(logging.Handler):
+    def emit(self, record):
+        print(record.exc_info[1], flush=True)
+        told.set()
+
+def connect(ctx, *arguments):
+    first.stop()
+    may_end.wait({wait})
+    return "no verdict"
+
+logging.getLogger().addHandler(Handler())
+first.register("first")
+first.set_connect_callback(connect)
+first.set_drain_timeout(0)
+first.setconn(sys.argv[1])
+first.main()
+print("main returned", flush=True)
+del sys.modules["milter"], milter
+import milter
+del sys.modules["milter"], milter
+gc.collect()
+gc.collect()
+may_end.set()
+print("told:", told.wait({wait}), flush=True)
+"""
+
+
+def test_a_callback_may_end_after_main_and_the_module_was_loaded_anew(
+    run_filter: Callable[..., Any],
+) -> None:
+    """It keeps to the module whose main() called it, and not to one that is gone by then."""
+    source = OUTLIVING.replace("{wait}", str(WAIT))
+    running = run_filter(source=source, options=("-X", "dev"))
+    with running.mta() as peer:
+        peer.send_packet(b"C", b"client.example.com\0U")
+        running.wait_for("told:")
+        peer.close()
+    assert running.wait() == 0
+    assert running.output.splitlines() == [
+        "main returned",
+        "the connect callback returned 'no verdict': not an int",
+        "told: True",
+    ]
 
 
 def test_loading_the_module_has_no_side_effects() -> None:

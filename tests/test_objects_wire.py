@@ -490,6 +490,20 @@ def test_an_exception_in_close_harms_nothing(classes):
     assert filter_.stop() == 0
 
 
+def test_none_in_place_of_the_object_has_a_new_one_made(classes):
+    filter_ = classes("Dropped")
+    with filter_.mta() as mta:
+        mta.connect_info("client.example.com", "192.0.2.7", 25)
+        assert mta.helo("client").verdict is Verdict.CONTINUE
+        mta.mail("<s@example.com>")
+        reply = mta.eom()
+        assert reply.modifications == (AddHeader(b"X-Class", b"Dropped"),)
+        assert reply.verdict is Verdict.ACCEPT
+    assert lines(filter_, "made") == ["1", "2"]
+    assert lines(filter_, "hello") == ["2"]
+    assert "Traceback" not in filter_.output
+
+
 # --- the logging class, and an application's own runner -------------------------------
 
 

@@ -343,6 +343,8 @@ def test_the_order_of_postfix_is_refused(opened, wrong, right):
         ("inet6:8891@[::1", "]"),
         ("fd:", "number"),
         ("fd:x", "number"),
+        ("fd:1234567890", "number"),  # more than an int may hold: it would be another one's number
+        ("fd:4294967299", "number"),
     ],
 )
 def test_what_is_no_address_is_refused(opened, wrong, why):

@@ -74,6 +74,28 @@ def test_the_report_is_a_record_of_the_logger_milter(run_filter: Callable[..., A
     assert each.log() == f"negotiate {expected!r}"
 
 
+@pytest.mark.parametrize(
+    "methods",
+    [
+        "'__len__': lambda self: 0",
+        "'__bool__': lambda self: False",
+        "'__bool__': lambda self: 1 / 0",  # Python's own formatter does not survive this one
+    ],
+)
+def test_an_exception_that_is_false_has_its_traceback(
+    run_filter: Callable[..., Any], methods: str
+) -> None:
+    running = run_filter("w_scripted", RECORD)
+    body = f"raise type('Odd', (Exception,), {{{methods}}})(tag)"
+    with session(running, eom=body) as each:
+        assert each.message().smtp == SOFT
+    expected = (
+        *("milter", "ERROR", f"exception in the eom callback, queue id unknown, {CLIENT}"),
+        *("Odd", each.tag, True),
+    )
+    assert each.log() == f"negotiate {expected!r}"
+
+
 HOOK = """
 import sys, traceback
 def hook(kind, value, tb):
@@ -115,6 +137,8 @@ def test_an_excepthook_that_fails_itself_harms_nothing(run_filter: Callable[...,
         ("try:\n    1/0\nexcept ZeroDivisionError:\n    raise ValueError(tag) from None",
          "ValueError: {tag}"),
         ("raise UserWarning(tag)", "UserWarning: {tag}"),
+        ("raise type('E', (Exception,), {'__len__': lambda self: 0})(tag)", "\nE: {tag}"),
+        ("raise type('E', (Exception,), {'__bool__': lambda self: False})(tag)", "\nE: {tag}"),
         ("raise Exception('\\udcff\\x00' + tag)", "{tag}"),
     ],
 )  # fmt: skip
@@ -124,6 +148,34 @@ def test_whatever_is_raised(scripted: Any, body: str, report: str) -> None:
         each.mta.mail("<a@b>")
     assert report.format(tag=each.tag) in each.log()
     assert each.log().count("exception in the eom callback") == 1
+
+
+# A child that is not ended goes on as a second filter on the same connection: the alarm ends it.
+FORKING_HOOK = """
+import logging, os, signal, sys
+
+def hook(kind, exception, traceback):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        {does}
+        return
+    status = os.waitpid(child, 0)[1]
+    say("child", os.WIFEXITED(status), os.WEXITSTATUS(status))
+
+sys.excepthook = hook
+"""
+
+
+@pytest.mark.parametrize("does", ["pass", "raise ValueError"])
+def test_a_child_that_the_excepthook_forks_ends(run_filter: Callable[..., Any], does: str) -> None:
+    running = run_filter("w_scripted", FORKING_HOOK.replace("{does}", does))
+    with session(running, eom="raise KeyError(tag)") as each:
+        assert each.message().smtp == SOFT
+        each.mta.expect_nothing()
+        assert each.mta.mail("<a@b>").verdict is Verdict.CONTINUE
+    assert running.wait_for("('child'") == "negotiate ('child', True, 0)"
+    assert running.stop() == 0
 
 
 @pytest.mark.parametrize("stage", ["abort", "close"])
@@ -227,3 +279,28 @@ def test_an_exception_that_ends_a_program_ends_the_filter(
     assert "main returned" not in running.output
     assert "exception in the" not in running.output
     assert shown in running.output
+
+
+EXITING_LOG = """
+import logging, sys
+class Handler(logging.Handler):
+    def emit(self, record):
+        {does}
+logging.getLogger().addHandler(Handler())
+"""
+
+
+@pytest.mark.parametrize(("does", "status"), [("sys.exit(3)", 3), ("raise KeyboardInterrupt", -2)])
+def test_a_handler_of_the_log_may_end_the_filter(
+    run_filter: Callable[..., Any], does: str, status: int
+) -> None:
+    running = run_filter("w_scripted", EXITING_LOG.replace("{does}", does))
+    with running.mta() as mta:
+        each = Session(running, mta, {"header": "raise ValueError(tag)"})
+        each.envelope()
+        assert mta.header("Subject", "hello").smtp == SOFT
+        mta.expect_close()
+        mta.close()
+        each.settle()
+    assert running.wait() == status
+    assert "main returned" not in running.output

@@ -222,6 +222,56 @@ def test_lists_of_macros(
             assert mta.negotiated.macros == sent
 
 
+OWN_TYPES = """
+args[0][1] = milter.P_SKIP
+called = []
+
+def never(name):
+    def method(self, *arguments):
+        called.append(name)
+        raise RuntimeError(name)
+    return method
+
+def subclass(kind, *names):
+    return type("Own", (kind,), {f"__{name}__": never(name) for name in names})
+
+class Stage(subclass(int, "hash", "eq", "index", "int", "bool", "repr", "str")):
+    __slots__ = ()
+
+class Bytes(subclass(bytes, "iter", "len", "getitem", "contains", "bytes", "repr")):
+    def split(self, *arguments):
+        called.append("split")
+        return 5
+
+class Text(subclass(str, "iter", "len", "getitem", "contains", "str", "repr")):
+    def split(self, *arguments):
+        called.append("split")
+        return 5
+
+    def encode(self, *arguments):
+        called.append("encode")
+        return 5
+
+ctx.setsymlist({stage}, {macros})
+ctx.setsymlist({stage}, 'x j')
+say(called)
+"""
+
+
+@pytest.mark.parametrize("stage", ["milter.M_EOM", "Stage(milter.M_EOM)"])
+@pytest.mark.parametrize("macros", ["'j i'", "Bytes(b'j i')", "Text('j i')"])
+def test_the_methods_of_an_applications_own_types_do_not_run(
+    run_filter: Callable[..., Any], stage: str, macros: str
+) -> None:
+    """One could return anything, or go on in another thread after the negotiation."""
+    negotiate = OWN_TYPES.replace("{stage}", stage).replace("{macros}", macros)
+    with session(run_filter("w_scripted", "", negotiate)) as each:
+        assert each.mta.negotiated.macros == {Stage.EOM: ("j", "i", "x")}
+        assert each.mta.negotiated.steps == Step.SKIP
+        each.connect()
+    assert "negotiate ([],)" in each.filter.output.splitlines()
+
+
 def test_only_the_macros_of_the_list_come(run_filter: Callable[..., Any]) -> None:
     running = run_filter("w_scripted", "", "args[0][1] = 0; ctx.setsymlist(milter.M_ENVFROM, 'i')")
     with session(running, envfrom="say(ctx.getsymval('i'), ctx.getsymval('{x}'))") as each:

@@ -128,6 +128,34 @@ def test_a_refused_reply_leaves_the_one_before(scripted: Any) -> None:
         assert each.reach("eom").smtp == SmtpReply(550, "5.7.1", ("first",))
 
 
+@pytest.mark.parametrize(("length", "count"), [(900, 3), (60, 29)])
+def test_a_reply_that_a_packet_does_not_hold(
+    run_filter: Callable[..., Any], length: int, count: int
+) -> None:
+    """libmilter would not send it, nor say so, and the MTA would wait for its answer."""
+    running = run_filter("w_scripted", "milter.setmaxdatasize(2000)")
+    lines = f"*['y' * {length}] * {count}"
+    body = f"attempt(lambda: ctx.setreply('550', '5.7.1', {lines})); return milter.REJECT"
+    with session(running, envfrom=body) as each:
+        got = each.reach("envfrom")
+    ((outcome, kinds, text),) = each.said()
+    assert (outcome, kinds[0]) == ("raised", "InvalidArgument")
+    size = (len("550-5.7.100 \r\n") + length) * count + 1
+    assert text == (
+        f"smfi_setreply: {size} bytes are too many, a packet to the MTA holds 2000 "
+        "(see setmaxdatasize)"
+    )
+    assert (got.verdict, got.smtp) == (Verdict.REJECT, None)
+
+
+def test_a_reply_that_a_packet_just_holds(run_filter: Callable[..., Any]) -> None:
+    running = run_filter("w_scripted", "milter.setmaxdatasize(1500)")
+    rest = 1500 - 1 - 2 * len("550-5.7.100 \r\n") - 980
+    body = f"ctx.setreply('550', '5.7.100', 'y' * 980, 'z' * {rest}); return milter.REJECT"
+    with session(running, envfrom=body) as each:
+        assert each.reach("envfrom").smtp == SmtpReply(550, "5.7.100", ("y" * 980, "z" * rest))
+
+
 @pytest.mark.parametrize(
     "arguments",
     ["", "550", "None", "'550', 5", "'550', '5.7.1', 1", "'550', '5.7.1', 'a', 1", "code='550'"],

@@ -5,6 +5,7 @@ What the methods get is said on standard output, a line for each call.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from typing import Any
@@ -72,6 +73,24 @@ class Replacing(Accepting):
         Milter.negotiate_callback = replaced_negotiate
         Milter.close_callback = replaced_close
         return super().eom()
+
+
+class Dropped(Accepting):
+    """Puts nothing in the place of the connection's object."""
+
+    made = itertools.count(1)
+
+    def __init__(self) -> None:
+        self.number = next(self.made)
+        say("made", self.number)
+
+    def connect(self, hostname: str, family: int, hostaddr: Any) -> int:
+        self._ctx.setpriv(None)
+        return Milter.CONTINUE
+
+    def hello(self, hostname: str) -> int:
+        say("hello", self.number)
+        return Milter.CONTINUE
 
 
 # --- inheritance and negotiation --------------------------------------------------------------
