@@ -36,6 +36,7 @@ import binascii
 import email.utils
 import html
 import io
+import itertools
 import logging
 import re
 import socket
@@ -198,6 +199,61 @@ def _split_parameters(s: str) -> Iterator[str]:
 
 
 _QUOTED_OR_SEMICOLON = re.compile(r';|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_QUOTED_OR_COMMENT = re.compile(r'\(|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# always finds what it began to read, or a search would begin anew at every quote
+_QUOTED_TO_THE_END = re.compile(_QUOTED.pattern + "?", re.DOTALL)
+_IN_COMMENT = re.compile(r"\\.|[()]", re.DOTALL)
+
+
+def _without_comments(text: str) -> str:
+    r"""A structured header without RFC 5322's comments, which nest; in linear time.
+
+    >>> _without_comments(r'a (b (c) "d \) e) f="(g)" (h'), _without_comments('(i)')
+    ('a  f="(g)" ', '')
+    """
+    kept = []
+    pos = 0
+    while True:
+        found = _QUOTED_OR_COMMENT.search(text, pos)
+        if found is None:
+            return "".join([*kept, text[pos:]])
+        if found.group() != "(":
+            kept.append(text[pos : found.end()])
+            pos = found.end()
+            continue
+        kept.append(text[pos : found.start()])
+        pos = found.end()
+        depth = 1
+        while depth:
+            token = _IN_COMMENT.search(text, pos)
+            if token is None:  # never closed
+                return "".join(kept)
+            depth += {"(": 1, ")": -1}.get(token.group(), 0)
+            pos = token.end()
+
+
+def _readings(text: str) -> list[str]:
+    """The texts that readers might take for a structured header: they disagree on comments,
+    and on backslashes.
+    """
+    texts = [text, text.replace("\\", "")] if "\\" in text else [text]
+    if "(" in text:
+        texts += [_without_comments(reading) for reading in texts]
+    return list(dict.fromkeys(texts))
+
+
+def _value_beginnings(value: str) -> Iterator[str]:
+    """What a reader might take for a parameter's value that stops before the end of `value`."""
+    quoted = _QUOTED_TO_THE_END.search(value)
+    if quoted and quoted.group() != value:
+        yield unquote(quoted.group())
+    token = _TOKEN.match(value)
+    if token and token.group() != value:
+        yield token.group()
+
+
+_TOKEN = re.compile(r'[^\s()"]+')
 
 
 def _to_text(data: bytes, charset: str = "utf-8") -> str:
@@ -243,6 +299,12 @@ def _collapse(value: Any) -> str:
 
 def _name_variants(value: str, extended: bool) -> Iterator[str]:
     """The texts that a reader might make of the value of a name parameter."""
+    yield from _value_variants(value, extended)
+    for beginning in _value_beginnings(value):
+        yield from _value_variants(beginning, extended)
+
+
+def _value_variants(value: str, extended: bool) -> Iterator[str]:
     plain = unquote(value)
     if extended:
         charset, first, rest = plain.partition("'")
@@ -263,8 +325,16 @@ def _name_variants(value: str, extended: bool) -> Iterator[str]:
         yield _COMMENT.sub("", loose).strip()
 
 
-def _header_names(text: str) -> Iterator[tuple[str, str]]:
-    """(parameter, value) for everything in a header that might be taken as a file's name."""
+def _header_names(text: str, internal: bool = False) -> Iterator[tuple[str, str]]:
+    """(parameter, value) for everything in a header that might be taken as a file's name.
+
+    `internal`: parameters with another purpose too.
+    """
+    for reading in _readings(text):
+        yield from _reading_names(reading, internal)
+
+
+def _reading_names(text: str, internal: bool) -> Iterator[tuple[str, str]]:
     segments: dict[str, list[tuple[int, str, bool]]] = {}
     for count, piece in enumerate(_split_parameters(text)):
         if count > MAX_PARAMETERS:
@@ -274,7 +344,10 @@ def _header_names(text: str) -> Iterator[tuple[str, str]]:
             continue
         match = _RFC2231_NAME.match(label.strip().lower())
         name = match.group(1) if match else label.strip().lower()
-        if name in _INTERNAL_PARAMETERS:
+        if name in _INTERNAL_PARAMETERS and not internal:
+            if not _QUOTED.fullmatch(value.strip()):  # another one may follow, without semicolon
+                for loose in _LOOSE_NAME.finditer(value):
+                    yield "name", loose.group(1).strip()
             continue
         extended = bool(match and (match.group(3) or match.group(2) == ""))
         if match and match.group(2):
@@ -495,6 +568,7 @@ _HEADER_LINE = re.compile(r"(From |[\041-\071\073-\176]*:|[\t ])")
 _HIDDEN_PARTS = re.compile(
     r"(?:\A|[\r\n])content-(?:type|disposition|transfer-encoding)[ \t]*:", re.IGNORECASE
 )
+_MEDIA_TYPE = re.compile(r"[\s\"'<]*([^\s\"'<>;,/()]+)\s*/\s*([^\s\"'<>;,/()]+)")
 _UUENCODED = re.compile(
     r"(?:\A|[\r\n])begin [0-7]{3,4} ([^\r\n]+)(?:\r\n|\r|\n)[!-`]{5,62}(?=[\r\n])"
 )
@@ -656,7 +730,8 @@ class MimeMessage(Message):
         value = self.get_param("charset")
         if value is None:
             return failobj
-        charset = _collapse(value).lower()
+        charset = _without_comments(_collapse(value)).strip().lower()
+        charset = next(_value_beginnings(charset), unquote(charset))
         return charset if charset.isascii() else failobj
 
     def get_payload(self, i: int | None = None, decode: bool = False) -> Any:
@@ -679,12 +754,22 @@ class MimeMessage(Message):
     def _encodings(self) -> list[str]:
         """The transfer encodings that a reader might apply; more than one only by foul play."""
         found = []
-        for value in self._raw_values("content-transfer-encoding"):
+        values = map(_readings, self._raw_values("content-transfer-encoding"))
+        for value in itertools.chain.from_iterable(values):
             match = re.match(r"[\s(\"]*([A-Za-z0-9-]*)", value)
             name = match.group(1).lower() if match else ""
             if name not in found:
                 found.append(name)
         return found or [""]
+
+    def _media_types(self) -> list[str]:
+        """The media types that a reader might see, the one that the parser went by first."""
+        found = [self.get_content_type()]
+        for value in self._raw_values("content-type"):
+            for match in map(_MEDIA_TYPE.match, _readings(value)):
+                if match:
+                    found.append(f"{match.group(1)}/{match.group(2)}".lower())
+        return found
 
     def _raw_values(self, name: str) -> list[str]:
         """All values of a header, as text."""
@@ -781,6 +866,14 @@ class MimeMessage(Message):
             return "multipart without its boundary"
         if self._second_boundary():
             return "ambiguous boundary"
+        kinds = self._media_types()
+        if kinds[0].partition("/")[0] != "message" and any(k.startswith("message/") for k in kinds):
+            return "ambiguous content type"
+        if len({kind for kind in kinds[1:] if kind.startswith("message/")}) > 1:
+            return "ambiguous content type"
+        hidden = any(kind.startswith("multipart/") for kind in kinds)
+        if hidden and isinstance(payload, str) and _HIDDEN_PARTS.search(payload):
+            return "multipart without its boundary"
         return None
 
     def _second_boundary(self) -> bool:
@@ -790,11 +883,8 @@ class MimeMessage(Message):
             return False
         candidates: set[str] = set()
         for value in types:
-            for piece in _split_parameters(value):
-                name, equals, text = piece.partition("=")
-                if equals and name.strip().lower().startswith("boundary"):
-                    extended = "*" in name
-                    candidates.update(v.strip() for v in _name_variants(text.strip(), extended))
+            names = _header_names(value, internal=True)
+            candidates.update(text.strip() for name, text in names if "boundary" in name)
         used = self.get_boundary() if self._seen_multipart else None
         others = {_as_bytes(c) for c in candidates if c and c != used}
         if not others:
@@ -1837,8 +1927,7 @@ def _forges_boundary(before: bytes, after: bytes, boundaries: set[bytes]) -> boo
 
 
 def _is_html(msg: MimeMessage) -> bool:
-    types = [value.partition(";")[0].strip().lower() for value in msg._raw_values("content-type")]
-    if any(t in _HTML_TYPES for t in [*types, msg.get_content_type()]):
+    if any(t in _HTML_TYPES for t in msg._media_types()):
         return True
     for _, name in msg._getnames(False, _Budget()):
         if any(extension in _HTML_EXTENSIONS for extension in _extensions(name)):

@@ -176,6 +176,26 @@ BAD_NAMES = [
     'Content-Type: x/y; name="a.ex\\e"',
     "Content-Type: x/y; name=<a.exe>",
     "Content-Type: x/y; name=a.exe (a program)",
+    'Content-Type: x/y; name="a.exe" (a program)',
+    'Content-Disposition: attachment; filename="a.exe" (a program)',
+    'Content-Disposition: attachment; filename=(c) "a.exe"',
+    'Content-Disposition: attachment; filename="a.exe"x',
+    'Content-Disposition: attachment; filename="a.exe" x',
+    'Content-Disposition: attachment; filename=x "a.exe" y',
+    'Content-Disposition: attachment; filename="a.exe" filename="b.txt"',
+    "Content-Disposition: attachment; filename=a.exe (b (c))",
+    "Content-Disposition: attachment; filename=(b (c)) a.exe",
+    "Content-Disposition: attachment; filename=a.e(x)xe",
+    "Content-Disposition: attachment; filename=a.exe (b \\) c)",
+    "Content-Disposition: attachment; filename=a.exe (b",
+    "Content-Disposition: attachment; filename=a.exe x",
+    "Content-Disposition: attachment; filename=a.exe size=5",
+    "Content-Disposition: attachment; size=5 filename=a.exe",
+    "Content-Disposition: attachment; filename=a.ex\\e",
+    'Content-Disposition: attachment (" x); filename="a.exe" (y ")',
+    'Content-Disposition: attachment (") ; filename=a.exe (")',
+    "Content-Disposition: attachment (;); filename (c) *=utf-8''a%2Eexe",
+    'Content-Disposition: attachment; x="\\"; filename="a.exe"; y="b.txt"',
     "Content-Type: x/y; name=" + "a" * 10_000 + ".exe",
     "Content-Type: x/y; name=a.exe" + " " * 10_000,
     "Content-Type: x/y; name=a.exe.",
@@ -199,6 +219,29 @@ BAD_NAMES = [
     "Content-Type: message/rfc822; name=a.exe",
     "Content-Type: multipart/mixed; boundary=cc; name=a.exe",
 ]
+
+
+GOOD_HEADERS = [
+    'Content-Type: text/plain; charset="us-ascii" (Plain text)',
+    "Content-Type: text/plain; charset=us-ascii (Plain text)",
+    "Content-Type: text/plain (text)",
+    'Content-Type: application/pdf; name="my (first) report.pdf"',
+    "Content-Type: application/pdf; name=my (first) report (1).pdf",
+    'Content-Type: application/pdf; name="the \\"a.com\\" report.pdf"',
+    'Content-Disposition: attachment; filename="C:\\a.com\\report.pdf"',
+    'Content-Disposition: attachment; filename="a.com report.pdf"',
+    'Content-Disposition: attachment; filename="a.exe; b.pdf"; size=5',
+    "Content-Disposition: attachment; filename=it's a report.pdf",
+    "Content-Type: message/rfc822 (forwarded); name=a.eml",
+    "Content-Type: message/delivery-status (report)",
+    "Content-Type: multipart/mixed (two); boundary=cc (the end)",
+    'Content-Type: text/plain; charset=utf-8; boundary="x=_name=a.com"',
+]
+
+
+@pytest.mark.parametrize("headers", GOOD_HEADERS)
+def test_good_headers_are_left_alone(headers):
+    assert not removed(part(headers, b"x\n"))
 
 
 @pytest.mark.parametrize("headers", BAD_NAMES)
@@ -293,6 +336,30 @@ def test_two_boundaries_are_suspicious(header):
     assert "ambiguous boundary" in result.get_payload()
     harmless = part(header, b"--bb\n\nx\n--bb--\n")
     assert defanged(harmless).as_bytes() == harmless
+
+
+BAD_MESSAGE = part("Subject: x\nContent-Type: x/y; name=a.exe")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Type: (c) message/rfc822",
+        "Content-Type: message (c)/rfc822",
+        "Content-Type: message / rfc822",
+        'Content-Type: "message/rfc822"',
+        "Content-Type: mess\\age/rfc822",
+        'Content-Type: (c) multipart/mixed; boundary="cc"',
+        'Content-Type: "multipart/mixed"; boundary="cc"',
+        'Content-Type: multipart/mixed; boundary="cc" (c)',
+        "Content-Type: multipart/mixed; boundary=cc (c (d))",
+        "Content-Type: multipart/mixed; (c) boundary=cc",
+        "Content-Type: multipart/mixed boundary=cc",
+        "Content-Type: (c) multipart/mixed",
+    ],
+)
+def test_types_and_boundaries_that_only_some_readers_see(header):
+    assert removed(part(header, b"--cc\n" + BAD_MESSAGE + b"--cc--\n"))
 
 
 def attached_message(inner, levels):
@@ -553,6 +620,13 @@ CLEAN = b"<p>Gr\xfc\xdfe" + mime.HTMLScriptFilter.msg.encode() + b" <a>y</a>\n"
         "Content-Type: application/octet-stream; name=a.HTML",
         "Content-Type: x/y\nContent-Disposition: attachment; filename*=utf-8''a%2Ehtm",
         "Content-Type: text/plain\nContent-Type: text/html",
+        "Content-Type: text/html (c)",
+        "Content-Type: (c) text/html; charset=us-ascii",
+        "Content-Type: text/(c)html",
+        "Content-Type: text / html",
+        'Content-Type: "text/html"',
+        "Content-Type: text/html charset=us-ascii",
+        "Content-Type: text/html, charset=us-ascii",
     ],
 )
 @pytest.mark.parametrize("encoding", ["8bit", "base64", "quoted-printable", None])
@@ -588,6 +662,21 @@ def test_html_in_charsets_unlike_ascii(charset):
     )
     result = defanged(raw).get_payload_decoded().decode(charset)
     assert result == html.replace("<script>alert(1)</script>", mime.HTMLScriptFilter.msg)
+
+
+@pytest.mark.parametrize("charset", ['"utf-7" (c)', "utf-7 (c)", "utf-7 (c (d))", "utf-7 x"])
+def test_charsets_with_comments(charset):
+    raw = part(f"Content-Type: text/html; charset={charset}", b"+ADw-script+AD4-x+ADw-/script+AD4-")
+    assert read(raw).get_content_charset() == "utf-7"
+    assert b"script+AD4" not in defanged(raw).as_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["(c) base64", "(c (d)) base64", "base64 (c)", "ba\\se64"])
+def test_transfer_encodings_with_comments(encoding):
+    raw = part(
+        f"Content-Type: text/html\nContent-Transfer-Encoding: {encoding}", base64.encodebytes(HTML)
+    )
+    assert base64.b64decode(defanged(raw).as_bytes().partition(b"\n\n")[2]) == CLEAN
 
 
 def test_byte_order_marks_rule():

@@ -637,13 +637,19 @@ def test_failures_of_the_standard_parser_are_survived(monkeypatch, broken):
         b"Content-Type: text/plain" + b"; name*1*=a" * 50_000 + b"\n\n",
         b"Content-Disposition: x; filename=" + b"=?" * 300_000 + b"\n\n",
         b"Content-Disposition: x; filename=" + b"(" * 300_000 + b"\n\n",
+        b"Content-Disposition: x; filename=" + b"()" * 300_000 + b"\n\n",
+        b"Content-Type: (" + b"(" * 300_000 + b")" * 300_000 + b"\n\n",
+        b"Content-Type: (" + b"\\" * 600_000 + b"\n\n",
+        b"Content-Disposition: x; filename=x" + b'"' * 600_001 + b"\n\n",
+        b'Content-Disposition: x; filename=x"' + b'\\"' * 300_000 + b"\n\n",
+        b"Content-Transfer-Encoding: " + b"(" * 300_000 + b"\n\n",
         b"Content-Type: multipart/mixed; boundary=" + b"x" * 1_000_000 + b"\n\n--" + b"x" * 100,
         b"Content-Type: x; " + b"name " * 100_000 + b'"\n\n',
         b"Content-Transfer-Encoding: base64\n\n" + b"=" * 1_000_000,
         b"\n" + b"begin 644 " * 100_000,
         b"\n" + b"begin 644 x\n" * 100_000,
     ],
-    ids=range(11),
+    ids=range(17),
 )
 def test_long_headers_take_linear_time(raw):
     began = time.process_time()
