@@ -212,7 +212,7 @@ def _without_comments(text: str) -> str:
     >>> _without_comments(r'a (b (c) "d \) e) f="(g)" (h'), _without_comments('(i)')
     ('a  f="(g)" ', '')
     """
-    kept = []
+    kept: list[str] = []
     pos = 0
     while True:
         found = _QUOTED_OR_COMMENT.search(text, pos)
@@ -371,9 +371,9 @@ def _reading_names(text: str, internal: bool) -> Iterator[tuple[str, str]]:
 class _Source:
     """The bytes that a tree of messages was read from, and where each part lies in them."""
 
-    def __init__(self, raw: bytes, inserted: list[int]) -> None:
+    def __init__(self, raw: bytes, reread: dict[int, str]) -> None:
         self.raw = raw
-        self.inserted = inserted  # lines that the parser read twice
+        self.reread = reread
         self._placed = False
 
     def place(self, root: MimeMessage) -> None:
@@ -385,11 +385,11 @@ class _Source:
         for line in io.StringIO(_as_str(self.raw), newline=""):
             offsets.append(offsets[-1] + len(line))
         todo = [(root, len(self.raw))]
-        for index in self.inserted:
-            offsets.insert(index, offsets[index])
         while todo:
             part, end = todo.pop()
-            part._span = (offsets[part._first_line], end)
+            # a part that begins with a line read twice begins after the empty line
+            first = part._first_line + (part._first_line in self.reread)
+            part._span = (offsets[first], end)
             children = part._seen_payload if isinstance(part._seen_payload, tuple) else ()
             delimited = part._seen_multipart
             for child in children:
@@ -424,7 +424,7 @@ class _Lines:
     def __init__(self, text: str, deadline: float) -> None:
         self._lines = io.StringIO(text, newline="").readlines()
         self.next = 0
-        self.inserted: list[int] = []
+        self.reread: dict[int, str] = {}
         self._deadline = deadline
         self._matchers: list[tuple[Callable[[str], object], bool]] = []
         self._blank_matchers = 0
@@ -466,12 +466,20 @@ class _Lines:
         return line
 
     def unreadline(self, line: str) -> None:
-        """Let `line` be read next: one step back, or for an older line one more line."""
+        """Let `line` be read next: one step back, or an older line in place of the last one."""
         if self.next and self._lines[self.next - 1] is line:
             self.next -= 1
-        elif line:  # a "From " line at the end of the headers, which the parser takes for body
-            self._lines.insert(self.next, line)
-            self.inserted.append(self.next)
+        elif line:  # a "From " line at the end of the headers, which the parser takes for body:
+            # it stands where the empty line was, as the lines after it must keep their numbers
+            self.next -= 1
+            self.reread.setdefault(self.next, self._lines[self.next])
+            self._lines[self.next] = line
+
+    def original(self) -> list[str]:
+        """All lines as they were before reading."""
+        for number, line in self.reread.items():
+            self._lines[number] = line
+        return self._lines
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")
@@ -494,9 +502,9 @@ class _Parser(FeedParser):
             self._set_headersonly()  # type: ignore[attr-defined]
 
     @property
-    def inserted(self) -> list[int]:
-        """The lines that were read twice."""
-        return self._lines.inserted
+    def lines(self) -> _Lines:
+        """What is read."""
+        return self._lines
 
     def _make(self, policy: object) -> MimeMessage:
         return MimeMessage() if self._parts > 1 else self._root
@@ -556,7 +564,7 @@ def _parse(raw: bytes, root: MimeMessage) -> None:
             root._headers, root._payload = [], text
         root.limit = limit
         root._last_line = 0
-    source = _Source(raw, parser.inserted)
+    source = _Source(raw, parser.lines.reread)
     for part in root.walk():
         part._settle(source, root)
 

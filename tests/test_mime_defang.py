@@ -427,6 +427,34 @@ def test_a_from_line_at_the_end_of_the_headers():
     assert b"a.exe'" in result and b"name=a.exe" not in result
 
 
+def test_a_from_line_that_begins_an_attached_message():
+    raw = mixed(
+        b"Content-Type: message/rfc822\nFrom a b\n\nSubject: y\nContent-Type: x/y; name=a.exe\n\nz",
+        GOOD,
+    )
+    assert read(raw).as_bytes() == raw
+    msg = read(raw)
+    inner = msg.get_payload(0).get_payload(0)
+    assert inner.get_unixfrom() == "From a b" and inner["subject"] == "y"
+    inner["X-New"] = "1"
+    expected = b"\nFrom a b\n\nSubject: y\nContent-Type: x/y; name=a.exe\nX-New: 1\n\nz\n--bb"
+    assert expected in msg.as_bytes()
+    result = defanged(raw).as_bytes()
+    assert b"Subject: y" in result and b"name=a.exe" not in result
+    assert result.endswith(GOOD + b"\n--bb--\n")
+
+
+def test_many_from_lines_take_linear_time():
+    parts = b"--b\nX: y\nFrom a b\n\n" * 9_000
+    raw = b"Content-Type: multipart/mixed; boundary=b\n\n" + parts + b"\n" * 3_000_000
+    began = time.process_time()
+    msg = read(raw)
+    msg.get_payload(0)["X-New"] = "1"
+    assert len(msg.get_payload()) == 9_000
+    assert msg.as_bytes().endswith(parts[len(parts) // 2 :] + b"\n" * 3_000_000)
+    assert time.process_time() - began < 10
+
+
 # -- bounds
 
 
