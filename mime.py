@@ -567,6 +567,114 @@ def _parse(raw: bytes, root: MimeMessage) -> None:
     source = _Source(raw, parser.lines.reread)
     for part in root.walk():
         part._settle(source, root)
+    if not root.limit:
+        lines = parser.lines.original()
+        for part in root.walk():
+            if _header_ends_early(lines, part):
+                part._misread = "header that ends early"
+        _note_odd_boundaries(lines, root)
+
+
+# Readers disagree on where a line ends, on what a header may hold, and on what a boundary is.
+# The functions below find where the parser may have missed a part, or the header of one, that
+# others see.
+
+_HIDDEN_HEADER = re.compile(
+    r"[ \t]*content-(?:type|disposition|transfer-encoding)\s*(?::|\Z)", re.IGNORECASE
+)
+
+
+def _ends_header(lines: list[str], number: int) -> bool:
+    """Whether the line is an empty one also where a lone CR ends no line."""
+    before = lines[number - 1] if number else "\n"
+    return lines[number] in ("\n", "\r\n") and before.endswith("\n")
+
+
+def _header_ends_early(lines: list[str], part: MimeMessage) -> bool:
+    """Whether some readers find a header that matters where the parser found none.
+
+    Blanks before the colon, lines that are no header and lone CRs end the header for the
+    parser, while others go on; and a lone CR begins a line only for the parser.
+    """
+    for defect in part.defects:
+        line = getattr(defect, "line", None)  # a continuation of nothing
+        if isinstance(line, str) and _HIDDEN_HEADER.match(line):
+            return True
+    number, last = part._first_line, part._last_line
+    while number < last and _HEADER_LINE.match(lines[number]):
+        number += 1
+        after_cr = lines[number - 1].endswith("\r") and number < last
+        if after_cr and _HIDDEN_HEADER.match(lines[number]):
+            return True
+    while number < last and not _ends_header(lines, number):
+        if _HIDDEN_HEADER.match(lines[number]):
+            return True
+        number += 1
+    return False
+
+
+def _note_odd_boundaries(lines: list[str], root: MimeMessage) -> None:
+    """Mark the multiparts in which some readers find other parts than the parser."""
+    todo = [part for part in root.walk() if part._seen_multipart or part.limit]
+    todo.reverse()
+    active: list[MimeMessage] = []  # the multiparts that hold the line, from the outermost
+    closed: set[int] = set()
+    marks: tuple[str, ...] = ()
+    for number, line in enumerate(lines if todo else ()):
+        if not line.startswith("--"):
+            continue
+        while (todo and todo[-1]._first_line <= number) or (
+            active and active[-1]._last_line <= number
+        ):
+            if active and active[-1]._last_line <= number:
+                active.pop()
+                marks = marks[:-1]
+            else:
+                active.append(todo.pop())
+                marks = (*marks, f"--{active[-1].get_boundary()}")
+        if line.startswith(marks) and not active[-1].limit:
+            _note_boundary(lines, number, list(zip(active, marks)), closed)
+
+
+def _note_boundary(
+    lines: list[str], number: int, active: list[tuple[MimeMessage, str]], closed: set[int]
+) -> None:
+    """Mark a multipart where a line that begins as a boundary is read in two ways."""
+    line = lines[number]
+    rests = ((part, line[len(mark) :]) for part, mark in active if line.startswith(mark))
+    found = [(part, rest.rstrip(" \t\r\n")) for part, rest in rests]
+    exact = [(part, rest) for part, rest in found if rest in ("", "--")]
+    if not exact:
+        # RFC 2046, 5.1.1, has readers compare only the beginning
+        part = found[-1][0]
+        if _begins_part(lines, number, active, part):
+            part._misread = "ambiguous boundary"
+        return
+    part, rest = exact[0]
+    if line.endswith("\r") or lines[number - 1].endswith("\r"):
+        part._misread = "boundary beside a lone CR"
+    elif rest:
+        closed.add(id(part))
+    elif id(part) in closed and _begins_part(lines, number, active, part):
+        part._parts_after_end = True
+
+
+def _begins_part(
+    lines: list[str], number: int, active: list[tuple[MimeMessage, str]], multipart: MimeMessage
+) -> bool:
+    """Whether a header that matters follows a line; text that resembles a boundary has none."""
+    marks = tuple(mark for _, mark in active)
+    headers = 2 if multipart.get_content_type() == "multipart/digest" else 1
+    for following in range(number + 1, min(active[-1][0]._last_line, len(lines))):
+        line = lines[following]
+        if line.startswith(marks):
+            return False  # it will be looked at by itself
+        if _HIDDEN_HEADER.match(line):
+            return True
+        headers -= _ends_header(lines, following)
+        if not headers:
+            return False
+    return False
 
 
 # -- messages
@@ -605,6 +713,8 @@ class MimeMessage(Message):
         self.headerchange: Callable[[MimeMessage, str, Any], object] | None = None
         self.limit: str | None = None
         self._forced = False
+        self._misread: str | None = None
+        self._parts_after_end = False
         self._source: _Source | None = None
         self._root: MimeMessage = self
         self._first_line = self._last_line = 0
@@ -860,8 +970,8 @@ class MimeMessage(Message):
 
         A bound that was exceeded, or a structure that readers might take differently.
         """
-        if self.limit:
-            return self.limit
+        if self.limit or self._misread:
+            return self.limit or self._misread
         for header in ("content-type", "content-disposition"):
             for text in self._raw_values(header):
                 if text.count(";") > MAX_PARAMETERS and (
@@ -1821,7 +1931,7 @@ def _replace(msg: MimeMessage, badname: str, savname: object) -> None:
         text = _as_str(text.encode("utf-8", "replace"))
     msg.set_payload(text)
     msg.preamble = msg.epilogue = None
-    msg.limit = None
+    msg.limit = msg._misread = None
     for header in ("content-type", "content-disposition", "content-transfer-encoding"):
         del msg[header]
     msg["Content-Type"] = "text/plain; name=WARNING.TXT" + ("" if plain else "; charset=utf-8")
@@ -1961,6 +2071,15 @@ def check_attachments(
     return _CONTINUE
 
 
+def _content_types(msg: MimeMessage) -> bytes:
+    """The Content-Type headers, each on one line."""
+    return b"".join(
+        b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
+        for name, value in msg.raw_items()
+        if name.lower() == "content-type"
+    )
+
+
 class _Defang:
     """One run of `defang`: its arguments and what it may still use."""
 
@@ -1994,6 +2113,27 @@ class _Defang:
         elif self.scan_rfc822 or msg.get_content_maintype() != "message":
             for child in list(msg._payload):
                 self.part(child, decoded)
+            if msg._parts_after_end and msg.epilogue:
+                self._epilogue(msg, decoded)
+
+    def _epilogue(self, msg: MimeMessage, decoded: int) -> None:
+        """Check the parts that follow the end of a multipart, which some readers show.
+
+        Mail of which an inner multipart has the boundary of the outer one has such parts.
+        """
+        data = _content_types(msg) + b"\n" + _as_bytes(msg.epilogue or "")
+        try:
+            if decoded >= MAX_ZIP_DEPTH:
+                raise LimitExceeded("multiparts after each other's end")
+            self.budget.unpack(len(data))
+        except LimitExceeded as exc:
+            _log.warning("parts removed: %s", exc)
+            msg.epilogue = ""
+            return
+        hidden = message_from_file(io.BytesIO(data))
+        self.part(hidden, decoded + 1)
+        if hidden.ismodified():
+            msg.epilogue = _as_str(hidden._body_bytes())
 
     def _hidden(self, msg: MimeMessage, decoded: int) -> bool:
         """Replace a part whose bad content shows only to a reader that decodes more."""
@@ -2025,11 +2165,7 @@ class _Defang:
                     break
         if kind not in ("multipart", "message"):
             return
-        types = b"".join(
-            b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
-            for name, value in msg.raw_items()
-            if name.lower() == "content-type"
-        )
+        types = _content_types(msg)
         body = msg._body_bytes()
         for encoding in msg._encodings():
             data = _decode(body, encoding)

@@ -362,6 +362,145 @@ def test_types_and_boundaries_that_only_some_readers_see(header):
     assert removed(part(header, b"--cc\n" + BAD_MESSAGE + b"--cc--\n"))
 
 
+NAMED = b"Content-Disposition: attachment; filename=a.exe"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Disposition : attachment; filename=a.exe",
+        b"content-type\t: x/y; name=a.exe",
+        b"Content-Disposition\n : attachment; filename=a.exe",
+        b"X: y\nContent-Disposition : attachment; filename=a.exe",
+        b"X: y\njunk\n" + NAMED,
+        b"X: y\n>From x\n" + NAMED,
+        b">From x\n" + NAMED,
+        b"X-\xe4: y\n" + NAMED,
+        b"X Y: z\n" + NAMED,
+        b"X: y\r\r\n" + NAMED,
+        b"X: y\r\r" + NAMED,
+        b"X: y\r\rZ: y\n" + NAMED,
+        b" " + NAMED,
+        b"\t" + NAMED + b"\nX: y",
+        b":\n " + NAMED,
+    ],
+)
+def test_headers_that_the_parser_does_not_reach(head):
+    assert removed(head + b"\n\nbody\n")
+    assert removed((head + b"\n\nbody\n").replace(b"\r", b"\r\r").replace(b"\n", b"\r\n"))
+
+
+def test_html_under_a_header_that_the_parser_does_not_reach():
+    base64_html = base64.encodebytes(b"<script>x</script>")
+    html = b"Content-Type: text/html\n"
+    assert removed(html + b"Content-Transfer-Encoding : base64\n\n" + base64_html)
+    assert removed(b"X: y\rContent-Transfer-Encoding: base64\n" + html + b"\n<script>x</script>")
+
+
+def test_a_multipart_that_the_parser_does_not_see():
+    raw = mixed(GOOD, part("Content-Type: x/y; name=a.exe"))
+    for bad in (b"Content-Type : ", b"junk\nContent-Type: "):
+        assert b"a.exe" not in defanged(raw.replace(b"Content-Type: ", bad, 1)).as_bytes()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"X: y\nno header\n\n" + NAMED + b"\n",
+        b"X: y\nContents follow:\n\nbody",
+        b"\n" + NAMED + b"\n",
+        b"X: y\n\n" + NAMED + b"\n",
+        b"X: y\n \nContent-Type: text/plain\n\nbody",
+        b" leading\nContent-Type: text/plain\n\nbody",
+        b"X: y\rZ: y\nContent-Type: text/plain\n\nbody",
+        b"X: y\r z\nContent-Type: text/plain\n\nbody\r\rContent-Type: x/y\n",
+        b"From a b\nContent-Type: text/plain\n\nbody",
+        b"X: y\nFrom a b\nContent-Type: text/plain\n\nbody",
+        b"Content-Type: message/delivery-status\n\nA: b\n\nC: d\nfolded badly\n\n\nE: f\n",
+        b"Content-Type: text/plain\r\n\r\nold\rtext\r--\rContent-Type: x/y\r\n",
+        b"no header\n",
+    ],
+)
+def test_odd_headers_that_hide_nothing(raw):
+    assert not removed(raw)
+
+
+@pytest.mark.parametrize(
+    ("before", "line"),
+    [
+        (b"", b"--bbJUNK"),
+        (b"", b"--bb x"),
+        (b"", b"--bb--x"),
+        (b"", b"--bb\x0c"),
+        (b"", b"--bb\rx"),
+        (b"hi \r--bb--\r x\n", b"--bb"),
+        (b"hi \r--bb-- \n", b"--bb"),
+        (b"hi \n--bb--\rx\n", b"--bb"),
+        (b"--bb--\n\n", b"--bb"),
+        (b"--bb--\n--bb--\n", b"--bb"),
+        (b"--bb--\n\n", b"--bbJUNK"),
+        (b"--bb--\n", b"--bb\n\nx\n--bb--\n\n--bb"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["multipart/mixed", "multipart/digest"])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_boundaries_that_only_some_readers_see(before, line, kind, newline):
+    inner = b"X: y\n" + NAMED + b"\n\nMZ\n"
+    inner = (b"\n" if kind == "multipart/digest" else b"") + inner
+    raw = mixed(GOOD, kind=kind)[: -len(b"--bb--\n")] + before + line + b"\n" + inner + b"--bb--\n"
+    raw = raw.replace(b"\n", newline)
+    assert NAMED not in defanged(raw).as_bytes()
+    inside = part(
+        "Content-Type: multipart/mixed; boundary=outer", b"--outer\n" + raw + b"--outer--"
+    )
+    assert NAMED not in defanged(inside).as_bytes()
+
+
+def test_parts_after_the_end_are_checked_by_themselves():
+    bad = part("Content-Type: x/y; name=a.exe")
+    raw = mixed(GOOD, mixed(GOOD), GOOD, bad, part("Content-Type: text/html", HTML), GOOD)
+    result = defanged(raw).as_bytes()
+    assert b"name=a.exe" not in result and b"alert" not in result
+    assert result.count(GOOD) == 4 and CLEAN in result
+    many = mixed(GOOD) + b"--bb\n\nx\n--bb\nContent-Type: text/plain\n\nx\n--bb--\n" * 8
+    assert len(defanged(many).as_bytes()) < len(many)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"-- \nMe\n--\nsigned\n",
+        b"--b\nContent-Type: x/y\n",
+        b"--other\nContent-Type: x/y\n\n--other--\n",
+        b"--bb is the boundary\n\nContent-Type: x/y\n",
+        b"--bb-\nsome text\n",
+        b"--bbb--\n",
+        b"old\rtext\r-- \rsigned\r",
+        b"old\r\r",
+        b"----bb\nContent-Type: x/y\n",
+        b" --bb\nContent-Type: x/y\n",
+        b"----- Forwarded message -----\nContent-Type: x/y\n",
+    ],
+)
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_text_that_is_no_boundary(text, newline):
+    raw = mixed(GOOD, part("Content-Type: text/plain; format=flowed", text), GOOD)
+    for epilogue in (b"", b"\n", b"\n-- \nThe list\n", b"--bb--\n", text):
+        whole = (raw + epilogue).replace(b"\n", newline)
+        assert defanged(whole).as_bytes() == whole
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b" \n", b" \t \r\n"])
+def test_boundaries_that_begin_with_one_another(end):
+    inner = mixed(GOOD, GOOD, kind="multipart/alternative").replace(b"bb", b"bb_1")
+    inmost = mixed(GOOD, GOOD, kind="multipart/related").replace(b"bb", b"bb_1_2")
+    inner = inner.replace(b"--bb_1--", b"--bb_1\n" + inmost + b"--bb_1--")
+    raw = mixed(GOOD, inner, GOOD, inmost, GOOD)
+    raw = raw.replace(b"--bb\n", b"--bb" + end).replace(b"_1\n", b"_1" + end)
+    assert defanged(raw).as_bytes() == raw
+    assert len(read(raw).get_payload()) == 5
+
+
 def attached_message(inner, levels):
     for _ in range(levels):
         inner = part("Content-Type: message/rfc822", inner)

@@ -652,6 +652,35 @@ def test_failures_of_the_standard_parser_are_survived(monkeypatch, broken):
     ids=range(17),
 )
 def test_long_headers_take_linear_time(raw):
+    in_linear_time(raw)
+
+
+MIXED = b"Content-Type: multipart/mixed; boundary=b\n\n--b\n\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        MIXED + b"--bx\n" * 300_000,
+        MIXED + b"--bx\njunk\n" * 200_000,
+        MIXED + b"--bx\n" + b"junk\n" * 500_000,
+        MIXED + b"--b\njunk\n" * 9_000 + b"junk\n" * 300_000,
+        MIXED + b"--b\nX: y\r\r\n" * 9_000 + b"junk\r" * 300_000,
+        MIXED + b"--b--\n" * 300_000,
+        (MIXED + b"--b--\n") * 9_000,
+        b"junk\r\r\n" * 300_000,
+        b"X: y\r" * 300_000,
+        nested("multipart", 40)
+        + b"\n--39\nContent-Type: multipart/mixed; boundary=b\n\n--b\n\n" * 4_000,
+        nested("message", 45) + b"junk\n" * 100_000,
+    ],
+    ids=range(11),
+)
+def test_odd_structures_take_linear_time(raw):
+    in_linear_time(raw)
+
+
+def in_linear_time(raw):
     began = time.process_time()
     msg = read(raw)
     msg.getnames(True)
