@@ -146,7 +146,9 @@ class _Budget:
 
 _EOL = re.compile(r"\r\n|\r|\n")
 _RFC2231_NAME = re.compile(r"([^*]*)(?:\*([0-9]*))?(\*)?\Z")
-_WORD = re.compile(r"=\?([^?\s]{1,200})\?([bBqQ])\?([^?]*)\?=")
+_WORD = re.compile(r"=\?([^?]*)\?([bBqQ])\?([^?]*)\?=")
+# as some readers have it: with ? in the text, and also without an end
+_LOOSE_WORD = re.compile(r"=\?([^?]*)\?([bBqQ])\?(.*?)(?:\?=|\Z)", re.DOTALL)
 _WORD_GAP = re.compile(r"\?=\s+(?==\?)")
 _LOOSE_NAME = re.compile(r'name\*?[0-9]{0,4}\*?\s*=\s*"?([^";\r\n]+)', re.IGNORECASE)
 _COMMENT = re.compile(r"\([^()]*\)")
@@ -276,16 +278,16 @@ def _readable(value: object) -> str:
     return text
 
 
-def _decode_words(text: str) -> str:
+def _decode_words(text: str, pattern: re.Pattern[str] = _WORD) -> str:
     """Decode the RFC 2047 words in `text`, wherever they stand."""
 
     def word(match: re.Match[str]) -> str:
         charset, kind, content = match.groups()
         data = content.encode("utf-8", "replace")
         data = _decode_base64(data) if kind in "bB" else binascii.a2b_qp(data, header=True)
-        return _to_text(data, charset.partition("*")[0])
+        return _to_text(data, charset.partition("*")[0][:100].strip())
 
-    return _WORD.sub(word, _WORD_GAP.sub("?=", text))
+    return pattern.sub(word, _WORD_GAP.sub("?=", text))
 
 
 def _collapse(value: Any) -> str:
@@ -309,9 +311,13 @@ def _value_variants(value: str, extended: bool) -> Iterator[str]:
     if extended:
         charset, first, rest = plain.partition("'")
         _, second, encoded = rest.partition("'")
+        decoded = [_to_text(urllib.parse.unquote_to_bytes(plain))]
         if first and second:
-            yield _to_text(urllib.parse.unquote_to_bytes(encoded), charset)
-        yield _to_text(urllib.parse.unquote_to_bytes(plain))
+            decoded.insert(0, _to_text(urllib.parse.unquote_to_bytes(encoded), charset))
+        for text in decoded:
+            yield text
+            if "=?" in text:
+                yield _decode_words(_EOL.sub("", text))
     yield plain
     loose = _EOL.sub("", plain)
     if loose != plain:
@@ -321,8 +327,24 @@ def _value_variants(value: str, extended: bool) -> Iterator[str]:
         yield bare
     if "=?" in loose:
         yield _decode_words(loose)
+        yield _decode_words(loose, _LOOSE_WORD)
     if "(" in loose and not value.startswith('"'):
         yield _COMMENT.sub("", loose).strip()
+
+
+_Segment = tuple[float, str, bool]
+
+
+def _segment_orders(found: list[_Segment]) -> Iterator[list[_Segment]]:
+    """The ways in which readers put RFC 2231's segments of a value together."""
+    ordered = sorted(found, key=lambda segment: segment[0])
+    yield ordered
+    yield found
+    for segments in (ordered, ordered[::-1]):  # the last of one number counts, or the first
+        unique = sorted({s[0]: s for s in segments}.values(), key=lambda segment: segment[0])
+        yield unique
+        # many stop at the first number that is missing
+        yield [s for n, s in enumerate(unique) if s[0] == unique[0][0] + n]
 
 
 def _header_names(text: str, internal: bool = False) -> Iterator[tuple[str, str]]:
@@ -335,7 +357,7 @@ def _header_names(text: str, internal: bool = False) -> Iterator[tuple[str, str]
 
 
 def _reading_names(text: str, internal: bool) -> Iterator[tuple[str, str]]:
-    segments: dict[str, list[tuple[int, str, bool]]] = {}
+    segments: dict[str, list[_Segment]] = {}
     for count, piece in enumerate(_split_parameters(text)):
         if count > MAX_PARAMETERS:
             return
@@ -351,12 +373,14 @@ def _reading_names(text: str, internal: bool) -> Iterator[tuple[str, str]]:
             continue
         extended = bool(match and (match.group(3) or match.group(2) == ""))
         if match and match.group(2):
-            number = int(match.group(2)[:9])
+            digits = match.group(2)[:9]
+            # one with a leading zero counts for some readers, for others it is a gap
+            number = int(digits) + 0.5 * (digits[0] == "0" and digits != "0")
             segments.setdefault(name, []).append((number, unquote(value.strip()), extended))
         for variant in _name_variants(value.strip(), extended):
             yield name, variant
     for name, found in segments.items():
-        for order in (sorted(found, key=lambda s: s[0]), found):
+        for order in _segment_orders(found):
             joined = "".join(text for _, text, _ in order)
             for variant in _name_variants(joined, any(s[2] for s in order)):
                 yield name, variant
@@ -1082,21 +1106,19 @@ class MimeMessage(Message):
 
         The list does not match the headers where the parser had to mend them.
         """
-        fields: list[bytes] = []
+        starts: list[int] = []
         raw = self._raw()
-        size = 0
+        size = end = 0
         for line in io.StringIO(_as_str(raw), newline=""):
             if not _HEADER_LINE.match(line):
                 if line[0] in "\r\n":
                     size += len(line)
                 break
-            piece = raw[size : size + len(line)]
+            if line[0] not in " \t" or not starts:
+                starts.append(size)
             size += len(line)
-            if line[0] in " \t" and fields:
-                fields[-1] += piece
-            else:
-                fields.append(piece)
-        return fields, size
+            end = size
+        return [raw[slice(*ends)] for ends in zip(starts, [*starts[1:], end])], size
 
     def _head(self, newline: bytes) -> bytes:
         """The header and the empty line after it."""
@@ -1318,8 +1340,10 @@ _CLSID = re.compile(r"\{[0-9a-f-]+\}?\Z")
 def _name_readings(name: str) -> Iterator[str]:
     """The names that a system might make of `name` when it writes the file."""
     yield name
-    if "\0" in name:
-        yield name.partition("\0")[0]
+    if "\0" in name or "%00" in name:
+        cut = re.split("\0|%00", name, maxsplit=1)[0]
+        yield cut
+        yield urllib.parse.unquote(cut)
     if "%" in name:
         yield urllib.parse.unquote(name)
     if not name.isascii():

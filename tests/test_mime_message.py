@@ -646,10 +646,14 @@ def test_failures_of_the_standard_parser_are_survived(monkeypatch, broken):
         b"Content-Type: multipart/mixed; boundary=" + b"x" * 1_000_000 + b"\n\n--" + b"x" * 100,
         b"Content-Type: x; " + b"name " * 100_000 + b'"\n\n',
         b"Content-Transfer-Encoding: base64\n\n" + b"=" * 1_000_000,
+        b"X: y\n" + b" z\n" * 1_000_000 + b"Content-Type: x/y; name=a.exe\n\n",
+        b"Content-Disposition: x; filename=" + b"=?a?q?" * 200_000 + b"\n\n",
+        b"Content-Disposition: x; filename=" + b"=?a" * 200_000 + b"\n\n",
+        b"Content-Disposition: x" + b"".join(b"; f*%d=a" % (i * 2) for i in range(999)) + b"\n\n",
         b"\n" + b"begin 644 " * 100_000,
         b"\n" + b"begin 644 x\n" * 100_000,
     ],
-    ids=range(17),
+    ids=range(21),
 )
 def test_long_headers_take_linear_time(raw):
     in_linear_time(raw)
