@@ -710,7 +710,9 @@ _HIDDEN_PARTS = re.compile(
 )
 _MEDIA_TYPE = re.compile(r"[\s\"'<]*([^\s\"'<>;,/()]+)\s*/\s*([^\s\"'<>;,/()]+)")
 _UUENCODED = re.compile(
-    r"(?:\A|[\r\n])begin [0-7]{3,4} ([^\r\n]+)(?:\r\n|\r|\n)[!-`]{5,62}(?=[\r\n])"
+    r"(?:\A|[\r\n])begin(-base64)? +[0-7]{3,4} +([^ \r\n][^\r\n]*)(?:\r\n|\r|\n)"
+    # the first line of data: blanks stand for zeros as ` does
+    r"(?(1)[A-Za-z0-9+/=]{4,100}[ \t]*|[ -`]{1,86})(?=[\r\n]|\Z)"
 )
 
 
@@ -961,13 +963,27 @@ class MimeMessage(Message):
         filename = self.get_filename()
         if filename:
             names["filename", filename] = None
-        if isinstance(self._payload, str) and "begin " in self._payload:
-            for found in _UUENCODED.finditer(self._payload):
-                names["uuname", found.group(1).strip()] = None
+        for text in self._plain_texts():
+            if "begin" in text:
+                for found in _UUENCODED.finditer(text):
+                    names["uuname", found.group(2).strip()] = None
         if scan_zip and not self.is_multipart():
             for inner in self._zip_names([name for _, name in names], budget):
                 names[inner] = None
         return list(names)
+
+    def _plain_texts(self) -> Iterator[str]:
+        """The texts in which a reader may look for uuencoded files."""
+        yield from filter(None, (self.preamble, self.epilogue))
+        if not isinstance(self._payload, str):
+            return
+        yield self._payload
+        if any(kind.startswith("text/") for kind in self._media_types()):
+            payload = _as_bytes(self._payload)
+            for encoding in self._encodings():
+                data = _decode(payload, encoding)
+                if data != payload:
+                    yield data.decode("latin-1")
 
     def _zip_names(self, names: list[str], budget: _Budget) -> list[tuple[str, str]]:
         """The names inside of this part, where it is a zip; BadZipFile where it only says so."""

@@ -303,6 +303,49 @@ def test_uuencoded_files_in_text_have_names():
     assert removed(part("Content-Type: text/plain", body))
 
 
+ZEROS = binascii.b2a_uu(b"MZ\x90" + b"\0" * 42)
+UUENCODED = [
+    b"begin 644 a.exe\n" + ZEROS + b" \nend\n",
+    b"begin 644 a.exe\n" + ZEROS.rstrip() + b"\n \nend\n",
+    b"begin 0644 a.exe\n" + ZEROS.replace(b" ", b"`") + b"`\nend\n",
+    b"begin 644 a.exe\n`\n" + ZEROS,
+    b"begin  644   a.exe\n" + ZEROS,
+    b"begin 644 a.exe\n" + ZEROS.rstrip(),
+    b"begin-base64 644 a.exe\nTVqQAAMAAAAEAAAA//8AALgAAAAAAAAA\n====\n",
+]
+
+
+@pytest.mark.parametrize("body", UUENCODED)
+def test_uuencoded_files_however_they_are_written(body):
+    for text in (body, b"Hello\n" + body, body.replace(b"\n", b"\r\n")):
+        assert removed(part("Content-Type: text/plain", text))
+        for encoding, data in (
+            ("base64", base64.encodebytes(text)),
+            ("quoted-printable", text.replace(b"=", b"=3D").replace(b"be", b"=62=65")),
+        ):
+            head = f"Content-Type: text/plain\nContent-Transfer-Encoding: {encoding}"
+            assert removed(part(head, data))
+    inside = mixed(GOOD).replace(b"--bb\n", body + b"--bb\n", 1)
+    assert removed(inside.replace(b"bb", b"cc"))
+    assert removed((mixed(GOOD) + b"\n" + body).replace(b"bb", b"cc"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"begin 644 a.exe\nDear all,\n",
+        b"begin 644 a.exe\nDear\n",
+        b"begin-base64 644 a.exe\nDear all,\n",
+        b"begin by running a.exe\n" + ZEROS,
+        b"We begin 644 a.exe\n" + ZEROS,
+        b"begin 644 a.txt\n" + ZEROS,
+        b"begin 644 \n" + ZEROS,
+    ],
+)
+def test_text_that_is_not_uuencoded(body):
+    assert not removed(part("Content-Type: text/plain", body))
+
+
 def test_too_many_parameters_are_suspicious():
     assert removed(part("Content-Type: x/y" + "; a=b" * 1001))
     assert removed(part("Content-Disposition: x" + "; a=b" * 5000 + "; filename=a.exe"))

@@ -652,8 +652,10 @@ def test_failures_of_the_standard_parser_are_survived(monkeypatch, broken):
         b"Content-Disposition: x" + b"".join(b"; f*%d=a" % (i * 2) for i in range(999)) + b"\n\n",
         b"\n" + b"begin 644 " * 100_000,
         b"\n" + b"begin 644 x\n" * 100_000,
+        b"\nbegin" + b" " * 500_000 + b"644" + b" " * 500_000,
+        b"\n" + b"begin 644 x\n" + b" " * 500_000 + b"x",
     ],
-    ids=range(21),
+    ids=range(23),
 )
 def test_long_headers_take_linear_time(raw):
     in_linear_time(raw)
