@@ -2155,6 +2155,25 @@ class _Defang:
                 self.part(child, decoded)
             if msg._parts_after_end and msg.epilogue:
                 self._epilogue(msg, decoded)
+            if not _HTML_TYPES.isdisjoint(msg._media_types()):
+                self._shown_as_html(msg)
+
+    def _shown_as_html(self, msg: MimeMessage) -> None:
+        """Replace a multipart, or a message, with scripts for a reader that takes it as HTML.
+
+        Under two types, that is; scripts in the HTML within are gone by now.
+        """
+        body = msg._body_bytes()
+        for encoding in msg._encodings():
+            try:
+                clean = _clean_html(_decode(body, encoding), msg.get_content_charset(), self.budget)
+            except LimitExceeded as exc:
+                _log.warning("part removed: %s", exc)
+                _replace(msg, str(exc), self.savname)
+                return
+            if clean is not None:
+                _replace(msg, "ambiguous content type", self.savname)
+                return
 
     def _epilogue(self, msg: MimeMessage, decoded: int) -> None:
         """Check the parts that follow the end of a multipart, which some readers show.

@@ -950,6 +950,36 @@ def test_two_transfer_encodings():
     assert msg.get_all("Content-Transfer-Encoding") == ["8bit"]
 
 
+@pytest.mark.parametrize("second", ["text/html", "(c) text/html; charset=us-ascii"])
+def test_multiparts_that_are_html_by_another_header(second):
+    plain = part("Content-Type: text/plain", HTML)
+    inner = mixed(GOOD, plain, kind="multipart/alternative").replace(b"bb", b"cc")
+    harmless = mixed(GOOD, part("Content-Type: text/html", b"<p>x</p>")).replace(b"bb", b"cc")
+    for raw in (inner, part("Content-Type: message/rfc822", plain)):
+        assert not removed(raw)
+        twice = raw.replace(b"\n\n", f"\nContent-Type: {second}\n\n".encode(), 1)
+        assert removed(twice)
+    twice = harmless.replace(b"\n\n", f"\nContent-Type: {second}\n\n".encode(), 1)
+    assert not removed(twice)
+
+
+def test_a_multipart_that_is_html_too_takes_no_more_than_its_time(monkeypatch):
+    raw = mixed(GOOD).replace(b"\n\n", b"\nContent-Type: text/html\n\n", 1)
+    clean = mime._clean_html
+
+    def slow(data, *rest):
+        monkeypatch.setattr(mime._Budget, "check_time", late)
+        return clean(data, *rest)
+
+    def late(budget):
+        raise mime.LimitExceeded("takes too long")
+
+    monkeypatch.setattr(mime, "_clean_html", slow)
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert "takes too long" in msg.get_payload()
+
+
 def test_other_parts_are_not_html():
     for raw in (part("Content-Type: text/plain", HTML), mixed(part("X: y", HTML)), b""):
         msg = read(raw)
