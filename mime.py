@@ -900,7 +900,7 @@ class MimeMessage(Message):
         found = []
         values = map(_readings, self._raw_values("content-transfer-encoding"))
         for value in itertools.chain.from_iterable(values):
-            match = re.match(r"[\s(\"]*([A-Za-z0-9-]*)", value)
+            match = re.match(r"[^A-Za-z0-9]*([A-Za-z0-9-]*)", value)
             name = match.group(1).lower() if match else ""
             if name not in found:
                 found.append(name)

@@ -912,7 +912,9 @@ def test_charsets_with_comments(charset):
     assert b"script+AD4" not in defanged(raw).as_bytes()
 
 
-@pytest.mark.parametrize("encoding", ["(c) base64", "(c (d)) base64", "base64 (c)", "ba\\se64"])
+@pytest.mark.parametrize(
+    "encoding", ["(c) base64", "(c (d)) base64", "base64 (c)", "ba\\se64", "'base64'", "base64."]
+)
 def test_transfer_encodings_with_comments(encoding):
     raw = part(
         f"Content-Type: text/html\nContent-Transfer-Encoding: {encoding}", base64.encodebytes(HTML)
