@@ -593,8 +593,11 @@ def _parse(raw: bytes, root: MimeMessage) -> None:
         part._settle(source, root)
     if not root.limit:
         lines = parser.lines.original()
+        blocks: set[int] = set()  # of delivery reports, which are text for every reader
         for part in root.walk():
-            if _header_ends_early(lines, part):
+            if part.get_content_type() == "message/delivery-status" and part.is_multipart():
+                blocks.update(map(id, part._payload[1:]))
+            if id(part) not in blocks and _header_ends_early(lines, part):
                 part._misread = "header that ends early"
         _note_odd_boundaries(lines, root)
 

@@ -491,6 +491,7 @@ def test_a_multipart_that_the_parser_does_not_see():
         b"From a b\nContent-Type: text/plain\n\nbody",
         b"X: y\nFrom a b\nContent-Type: text/plain\n\nbody",
         b"Content-Type: message/delivery-status\n\nA: b\n\nC: d\nfolded badly\n\n\nE: f\n",
+        b"Content-Type: message/delivery-status\n\nA: b\n\nC: d\nfolded badly\nContent-Type: x/y\n",
         b"Content-Type: text/plain\r\n\r\nold\rtext\r--\rContent-Type: x/y\r\n",
         b"no header\n",
     ],
@@ -612,6 +613,14 @@ def test_encoded_messages_and_multiparts(encoding, kind):
     if kind.startswith("message"):
         msg = read(part(f"Content-Type: {kind}\nContent-Transfer-Encoding: {encoding}", body))
         assert not mime.defang(msg, scan_rfc822=False)
+
+
+def test_a_delivery_report_stays_good_once_it_is():
+    block = b"A: b\nContent-Type: x/y; name=a.exe\n\n"
+    raw = b"Content-Type: message/delivery-status\n\n" + block * 3
+    once = defanged(raw).as_bytes()
+    assert b"name=a.exe" not in once and once.count(b"a.exe'") == 3
+    assert defanged(once).as_bytes() == once
 
 
 def test_encodings_within_each_other_are_bounded():
