@@ -48,6 +48,7 @@ import binascii
 import email.utils
 import html
 import io
+import itertools
 import logging
 import re
 import socket
@@ -169,7 +170,9 @@ class _Budget:
 
 _EOL = re.compile(r"\r\n|\r|\n")
 _RFC2231_NAME = re.compile(r"([^*]*)(?:\*([0-9]*))?(\*)?\Z")
-_WORD = re.compile(r"=\?([^?\s]{1,200})\?([bBqQ])\?([^?]*)\?=")
+_WORD = re.compile(r"=\?([^?]*)\?([bBqQ])\?([^?]*)\?=")
+# as some readers have it: with ? in the text, and also without an end
+_LOOSE_WORD = re.compile(r"=\?([^?]*)\?([bBqQ])\?(.*?)(?:\?=|\Z)", re.DOTALL)
 _WORD_GAP = re.compile(r"\?=\s+(?==\?)")
 _LOOSE_NAME = re.compile(r'name\*?[0-9]{0,4}\*?\s*=\s*"?([^";\r\n]+)', re.IGNORECASE)
 _COMMENT = re.compile(r"\([^()]*\)")
@@ -222,6 +225,61 @@ def _split_parameters(s: str) -> Iterator[str]:
 
 
 _QUOTED_OR_SEMICOLON = re.compile(r';|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_QUOTED_OR_COMMENT = re.compile(r'\(|"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# always finds what it began to read, or a search would begin anew at every quote
+_QUOTED_TO_THE_END = re.compile(_QUOTED.pattern + "?", re.DOTALL)
+_IN_COMMENT = re.compile(r"\\.|[()]", re.DOTALL)
+
+
+def _without_comments(text: str) -> str:
+    r"""A structured header without RFC 5322's comments, which nest; in linear time.
+
+    >>> _without_comments(r'a (b (c) "d \) e) f="(g)" (h'), _without_comments('(i)')
+    ('a  f="(g)" ', '')
+    """
+    kept: list[str] = []
+    pos = 0
+    while True:
+        found = _QUOTED_OR_COMMENT.search(text, pos)
+        if found is None:
+            return "".join([*kept, text[pos:]])
+        if found.group() != "(":
+            kept.append(text[pos : found.end()])
+            pos = found.end()
+            continue
+        kept.append(text[pos : found.start()])
+        pos = found.end()
+        depth = 1
+        while depth:
+            token = _IN_COMMENT.search(text, pos)
+            if token is None:  # never closed
+                return "".join(kept)
+            depth += {"(": 1, ")": -1}.get(token.group(), 0)
+            pos = token.end()
+
+
+def _readings(text: str) -> list[str]:
+    """The texts that readers might take for a structured header: they disagree on comments,
+    and on backslashes.
+    """
+    texts = [text, text.replace("\\", "")] if "\\" in text else [text]
+    if "(" in text:
+        texts += [_without_comments(reading) for reading in texts]
+    return list(dict.fromkeys(texts))
+
+
+def _value_beginnings(value: str) -> Iterator[str]:
+    """What a reader might take for a parameter's value that stops before the end of `value`."""
+    quoted = _QUOTED_TO_THE_END.search(value)
+    if quoted and quoted.group() != value:
+        yield unquote(quoted.group())
+    token = _TOKEN.match(value)
+    if token and token.group() != value:
+        yield token.group()
+
+
+_TOKEN = re.compile(r'[^\s()"]+')
 
 
 def _to_text(data: bytes, charset: str = "utf-8") -> str:
@@ -244,16 +302,16 @@ def _readable(value: object) -> str:
     return text
 
 
-def _decode_words(text: str) -> str:
+def _decode_words(text: str, pattern: re.Pattern[str] = _WORD) -> str:
     """Decode the RFC 2047 words in `text`, wherever they stand."""
 
     def word(match: re.Match[str]) -> str:
         charset, kind, content = match.groups()
         data = content.encode("utf-8", "replace")
         data = _decode_base64(data) if kind in "bB" else binascii.a2b_qp(data, header=True)
-        return _to_text(data, charset.partition("*")[0])
+        return _to_text(data, charset.partition("*")[0][:100].strip())
 
-    return _WORD.sub(word, _WORD_GAP.sub("?=", text))
+    return pattern.sub(word, _WORD_GAP.sub("?=", text))
 
 
 def _collapse(value: Any) -> str:
@@ -267,13 +325,23 @@ def _collapse(value: Any) -> str:
 
 def _name_variants(value: str, extended: bool) -> Iterator[str]:
     """The texts that a reader might make of the value of a name parameter."""
+    yield from _value_variants(value, extended)
+    for beginning in _value_beginnings(value):
+        yield from _value_variants(beginning, extended)
+
+
+def _value_variants(value: str, extended: bool) -> Iterator[str]:
     plain = unquote(value)
     if extended:
         charset, first, rest = plain.partition("'")
         _, second, encoded = rest.partition("'")
+        decoded = [_to_text(urllib.parse.unquote_to_bytes(plain))]
         if first and second:
-            yield _to_text(urllib.parse.unquote_to_bytes(encoded), charset)
-        yield _to_text(urllib.parse.unquote_to_bytes(plain))
+            decoded.insert(0, _to_text(urllib.parse.unquote_to_bytes(encoded), charset))
+        for text in decoded:
+            yield text
+            if "=?" in text:
+                yield _decode_words(_EOL.sub("", text))
     yield plain
     loose = _EOL.sub("", plain)
     if loose != plain:
@@ -283,13 +351,37 @@ def _name_variants(value: str, extended: bool) -> Iterator[str]:
         yield bare
     if "=?" in loose:
         yield _decode_words(loose)
+        yield _decode_words(loose, _LOOSE_WORD)
     if "(" in loose and not value.startswith('"'):
         yield _COMMENT.sub("", loose).strip()
 
 
-def _header_names(text: str) -> Iterator[tuple[str, str]]:
-    """(parameter, value) for everything in a header that might be taken as a file's name."""
-    segments: dict[str, list[tuple[int, str, bool]]] = {}
+_Segment = tuple[float, str, bool]
+
+
+def _segment_orders(found: list[_Segment]) -> Iterator[list[_Segment]]:
+    """The ways in which readers put RFC 2231's segments of a value together."""
+    ordered = sorted(found, key=lambda segment: segment[0])
+    yield ordered
+    yield found
+    for segments in (ordered, ordered[::-1]):  # the last of one number counts, or the first
+        unique = sorted({s[0]: s for s in segments}.values(), key=lambda segment: segment[0])
+        yield unique
+        # many stop at the first number that is missing
+        yield [s for n, s in enumerate(unique) if s[0] == unique[0][0] + n]
+
+
+def _header_names(text: str, internal: bool = False) -> Iterator[tuple[str, str]]:
+    """(parameter, value) for everything in a header that might be taken as a file's name.
+
+    `internal`: parameters with another purpose too.
+    """
+    for reading in _readings(text):
+        yield from _reading_names(reading, internal)
+
+
+def _reading_names(text: str, internal: bool) -> Iterator[tuple[str, str]]:
+    segments: dict[str, list[_Segment]] = {}
     for count, piece in enumerate(_split_parameters(text)):
         if count > MAX_PARAMETERS:
             return
@@ -298,16 +390,21 @@ def _header_names(text: str) -> Iterator[tuple[str, str]]:
             continue
         match = _RFC2231_NAME.match(label.strip().lower())
         name = match.group(1) if match else label.strip().lower()
-        if name in _INTERNAL_PARAMETERS:
+        if name in _INTERNAL_PARAMETERS and not internal:
+            if not _QUOTED.fullmatch(value.strip()):  # another one may follow, without semicolon
+                for loose in _LOOSE_NAME.finditer(value):
+                    yield "name", loose.group(1).strip()
             continue
         extended = bool(match and (match.group(3) or match.group(2) == ""))
         if match and match.group(2):
-            number = int(match.group(2)[:9])
+            digits = match.group(2)[:9]
+            # one with a leading zero counts for some readers, for others it is a gap
+            number = int(digits) + 0.5 * (digits[0] == "0" and digits != "0")
             segments.setdefault(name, []).append((number, unquote(value.strip()), extended))
         for variant in _name_variants(value.strip(), extended):
             yield name, variant
     for name, found in segments.items():
-        for order in (sorted(found, key=lambda s: s[0]), found):
+        for order in _segment_orders(found):
             joined = "".join(text for _, text, _ in order)
             for variant in _name_variants(joined, any(s[2] for s in order)):
                 yield name, variant
@@ -322,9 +419,9 @@ def _header_names(text: str) -> Iterator[tuple[str, str]]:
 class _Source:
     """The bytes that a tree of messages was read from, and where each part lies in them."""
 
-    def __init__(self, raw: bytes, inserted: list[int]) -> None:
+    def __init__(self, raw: bytes, reread: dict[int, str]) -> None:
         self.raw = raw
-        self.inserted = inserted  # lines that the parser read twice
+        self.reread = reread
         self._placed = False
 
     def place(self, root: MimeMessage) -> None:
@@ -336,11 +433,11 @@ class _Source:
         for line in io.StringIO(_as_str(self.raw), newline=""):
             offsets.append(offsets[-1] + len(line))
         todo = [(root, len(self.raw))]
-        for index in self.inserted:
-            offsets.insert(index, offsets[index])
         while todo:
             part, end = todo.pop()
-            part._span = (offsets[part._first_line], end)
+            # a part that begins with a line read twice begins after the empty line
+            first = part._first_line + (part._first_line in self.reread)
+            part._span = (offsets[first], end)
             children = part._seen_payload if isinstance(part._seen_payload, tuple) else ()
             delimited = part._seen_multipart
             for child in children:
@@ -375,7 +472,7 @@ class _Lines:
     def __init__(self, text: str, deadline: float) -> None:
         self._lines = io.StringIO(text, newline="").readlines()
         self.next = 0
-        self.inserted: list[int] = []
+        self.reread: dict[int, str] = {}
         self._deadline = deadline
         self._matchers: list[tuple[Callable[[str], object], bool]] = []
         self._blank_matchers = 0
@@ -417,12 +514,20 @@ class _Lines:
         return line
 
     def unreadline(self, line: str) -> None:
-        """Let `line` be read next: one step back, or for an older line one more line."""
+        """Let `line` be read next: one step back, or an older line in place of the last one."""
         if self.next and self._lines[self.next - 1] is line:
             self.next -= 1
-        elif line:  # a "From " line at the end of the headers, which the parser takes for body
-            self._lines.insert(self.next, line)
-            self.inserted.append(self.next)
+        elif line:  # a "From " line at the end of the headers, which the parser takes for body:
+            # it stands where the empty line was, as the lines after it must keep their numbers
+            self.next -= 1
+            self.reread.setdefault(self.next, self._lines[self.next])
+            self._lines[self.next] = line
+
+    def original(self) -> list[str]:
+        """All lines as they were before reading."""
+        for number, line in self.reread.items():
+            self._lines[number] = line
+        return self._lines
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.readline, "")
@@ -445,9 +550,9 @@ class _Parser(FeedParser):
             self._set_headersonly()  # type: ignore[attr-defined]
 
     @property
-    def inserted(self) -> list[int]:
-        """The lines that were read twice."""
-        return self._lines.inserted
+    def lines(self) -> _Lines:
+        """What is read."""
+        return self._lines
 
     def _make(self, policy: object) -> MimeMessage:
         return MimeMessage() if self._parts > 1 else self._root
@@ -507,9 +612,120 @@ def _parse(raw: bytes, root: MimeMessage) -> None:
             root._headers, root._payload = [], text
         root.limit = limit
         root._last_line = 0
-    source = _Source(raw, parser.inserted)
+    source = _Source(raw, parser.lines.reread)
     for part in root.walk():
         part._settle(source, root)
+    if not root.limit:
+        lines = parser.lines.original()
+        blocks: set[int] = set()  # of delivery reports, which are text for every reader
+        for part in root.walk():
+            if part.get_content_type() == "message/delivery-status" and part.is_multipart():
+                blocks.update(map(id, part._payload[1:]))
+            if id(part) not in blocks and _header_ends_early(lines, part):
+                part._misread = "header that ends early"
+        _note_odd_boundaries(lines, root)
+
+
+# Readers disagree on where a line ends, on what a header may hold, and on what a boundary is.
+# The functions below find where the parser may have missed a part, or the header of one, that
+# others see.
+
+_HIDDEN_HEADER = re.compile(
+    r"[ \t]*content-(?:type|disposition|transfer-encoding)\s*(?::|\Z)", re.IGNORECASE
+)
+
+
+def _ends_header(lines: list[str], number: int) -> bool:
+    """Whether the line is an empty one also where a lone CR ends no line."""
+    before = lines[number - 1] if number else "\n"
+    return lines[number] in ("\n", "\r\n") and before.endswith("\n")
+
+
+def _header_ends_early(lines: list[str], part: MimeMessage) -> bool:
+    """Whether some readers find a header that matters where the parser found none.
+
+    Blanks before the colon, lines that are no header and lone CRs end the header for the
+    parser, while others go on; and a lone CR begins a line only for the parser.
+    """
+    for defect in part.defects:
+        line = getattr(defect, "line", None)  # a continuation of nothing
+        if isinstance(line, str) and _HIDDEN_HEADER.match(line):
+            return True
+    number, last = part._first_line, part._last_line
+    while number < last and _HEADER_LINE.match(lines[number]):
+        number += 1
+        after_cr = lines[number - 1].endswith("\r") and number < last
+        if after_cr and _HIDDEN_HEADER.match(lines[number]):
+            return True
+    while number < last and not _ends_header(lines, number):
+        if _HIDDEN_HEADER.match(lines[number]):
+            return True
+        number += 1
+    return False
+
+
+def _note_odd_boundaries(lines: list[str], root: MimeMessage) -> None:
+    """Mark the multiparts in which some readers find other parts than the parser."""
+    todo = [part for part in root.walk() if part._seen_multipart or part.limit]
+    todo.reverse()
+    active: list[MimeMessage] = []  # the multiparts that hold the line, from the outermost
+    closed: set[int] = set()
+    marks: tuple[str, ...] = ()
+    for number, line in enumerate(lines if todo else ()):
+        if not line.startswith("--"):
+            continue
+        while (todo and todo[-1]._first_line <= number) or (
+            active and active[-1]._last_line <= number
+        ):
+            if active and active[-1]._last_line <= number:
+                active.pop()
+                marks = marks[:-1]
+            else:
+                active.append(todo.pop())
+                marks = (*marks, f"--{active[-1].get_boundary()}")
+        if line.startswith(marks) and not active[-1].limit:
+            _note_boundary(lines, number, list(zip(active, marks)), closed)
+
+
+def _note_boundary(
+    lines: list[str], number: int, active: list[tuple[MimeMessage, str]], closed: set[int]
+) -> None:
+    """Mark a multipart where a line that begins as a boundary is read in two ways."""
+    line = lines[number]
+    rests = ((part, line[len(mark) :]) for part, mark in active if line.startswith(mark))
+    found = [(part, rest.rstrip(" \t\r\n")) for part, rest in rests]
+    exact = [(part, rest) for part, rest in found if rest in ("", "--")]
+    if not exact:
+        # RFC 2046, 5.1.1, has readers compare only the beginning
+        part = found[-1][0]
+        if _begins_part(lines, number, active, part):
+            part._misread = "ambiguous boundary"
+        return
+    part, rest = exact[0]
+    if line.endswith("\r") or lines[number - 1].endswith("\r"):
+        part._misread = "boundary beside a lone CR"
+    elif rest:
+        closed.add(id(part))
+    elif id(part) in closed and _begins_part(lines, number, active, part):
+        part._parts_after_end = True
+
+
+def _begins_part(
+    lines: list[str], number: int, active: list[tuple[MimeMessage, str]], multipart: MimeMessage
+) -> bool:
+    """Whether a header that matters follows a line; text that resembles a boundary has none."""
+    marks = tuple(mark for _, mark in active)
+    headers = 2 if multipart.get_content_type() == "multipart/digest" else 1
+    for following in range(number + 1, min(active[-1][0]._last_line, len(lines))):
+        line = lines[following]
+        if line.startswith(marks):
+            return False  # it will be looked at by itself
+        if _HIDDEN_HEADER.match(line):
+            return True
+        headers -= _ends_header(lines, following)
+        if not headers:
+            return False
+    return False
 
 
 # -- messages
@@ -519,8 +735,11 @@ _HEADER_LINE = re.compile(r"(From |[\041-\071\073-\176]*:|[\t ])")
 _HIDDEN_PARTS = re.compile(
     r"(?:\A|[\r\n])content-(?:type|disposition|transfer-encoding)[ \t]*:", re.IGNORECASE
 )
+_MEDIA_TYPE = re.compile(r"[\s\"'<]*([^\s\"'<>;,/()]+)\s*/\s*([^\s\"'<>;,/()]+)")
 _UUENCODED = re.compile(
-    r"(?:\A|[\r\n])begin [0-7]{3,4} ([^\r\n]+)(?:\r\n|\r|\n)[!-`]{5,62}(?=[\r\n])"
+    r"(?:\A|[\r\n])begin(-base64)? +[0-7]{3,4} +([^ \r\n][^\r\n]*)(?:\r\n|\r|\n)"
+    # the first line of data: blanks stand for zeros as ` does
+    r"(?(1)[A-Za-z0-9+/=]{4,100}[ \t]*|[ -`]{1,86})(?=[\r\n]|\Z)"
 )
 
 
@@ -547,6 +766,8 @@ class MimeMessage(Message):
         self.headerchange: Callable[[MimeMessage, str, Any], object] | None = None
         self.limit: str | None = None
         self._forced = False
+        self._misread: str | None = None
+        self._parts_after_end = False
         self._source: _Source | None = None
         self._root: MimeMessage = self
         self._first_line = self._last_line = 0
@@ -680,7 +901,8 @@ class MimeMessage(Message):
         value = self.get_param("charset")
         if value is None:
             return failobj
-        charset = _collapse(value).lower()
+        charset = _without_comments(_collapse(value)).strip().lower()
+        charset = next(_value_beginnings(charset), unquote(charset))
         return charset if charset.isascii() else failobj
 
     def get_payload(self, i: int | None = None, decode: bool = False) -> Any:
@@ -706,8 +928,9 @@ class MimeMessage(Message):
         Of the names that `_decode` treats alike only the first, so they are few.
         """
         found: dict[str, str] = {}
-        for value in self._raw_values("content-transfer-encoding"):
-            match = re.match(r"[\s(\"]*([A-Za-z0-9-]*)", value)
+        values = map(_readings, self._raw_values("content-transfer-encoding"))
+        for value in itertools.chain.from_iterable(values):
+            match = re.match(r"[^A-Za-z0-9]*([A-Za-z0-9-]*)", value)
             name = match.group(1).lower() if match else ""
             found.setdefault(_CODINGS.get(name, ""), name)
         return list(found.values()) or [""]
@@ -715,12 +938,22 @@ class MimeMessage(Message):
     def _charsets(self) -> list[str]:
         """The charsets that a reader might take; the first is that of `get_content_charset`."""
         found = [self.get_content_charset("")]
-        for value in self._raw_values("content-type"):
-            for piece in list(_split_parameters(value[:MAX_NAME_TEXT]))[: MAX_PARAMETERS + 1]:
+        values = (_readings(v[:MAX_NAME_TEXT]) for v in self._raw_values("content-type"))
+        for value in itertools.chain.from_iterable(values):
+            for piece in list(_split_parameters(value))[: MAX_PARAMETERS + 1]:
                 label, equals, text = piece.partition("=")
                 if equals and label.strip().lower().startswith("charset"):
                     found.extend(_name_variants(text.strip(), "*" in label))
         return list(dict.fromkeys(found))
+
+    def _media_types(self) -> list[str]:
+        """The media types that a reader might see, the one that the parser went by first."""
+        found = [self.get_content_type()]
+        for value in self._raw_values("content-type"):
+            for match in map(_MEDIA_TYPE.match, _readings(value)):
+                if match:
+                    found.append(f"{match.group(1)}/{match.group(2)}".lower())
+        return found
 
     def _raw_values(self, name: str) -> list[str]:
         """All values of a header, as text."""
@@ -772,13 +1005,27 @@ class MimeMessage(Message):
         filename = self.get_filename()
         if filename:
             names["filename", filename] = None
-        if isinstance(self._payload, str) and "begin " in self._payload:
-            for found in _UUENCODED.finditer(self._payload):
-                names["uuname", found.group(1).strip()] = None
+        for text in self._plain_texts():
+            if "begin" in text:
+                for found in _UUENCODED.finditer(text):
+                    names["uuname", found.group(2).strip()] = None
         if scan_zip and not self.is_multipart():
             for inner in self._zip_names([name for _, name in names], budget):
                 names[inner] = None
         return list(names)
+
+    def _plain_texts(self) -> Iterator[str]:
+        """The texts in which a reader may look for uuencoded files."""
+        yield from filter(None, (self.preamble, self.epilogue))
+        if not isinstance(self._payload, str):
+            return
+        yield self._payload
+        if any(kind.startswith("text/") for kind in self._media_types()):
+            payload = _as_bytes(self._payload)
+            for encoding in self._encodings():
+                data = _decode(payload, encoding)
+                if data != payload:
+                    yield data.decode("latin-1")
 
     def _zip_names(self, names: list[str], budget: _Budget) -> list[tuple[str, str]]:
         """The names inside of this part, where it is a zip; BadZipFile where it only says so."""
@@ -805,8 +1052,8 @@ class MimeMessage(Message):
 
         A bound that was exceeded, or a structure that readers might take differently.
         """
-        if self.limit:
-            return self.limit
+        if self.limit or self._misread:
+            return self.limit or self._misread
         if self._name_text_size() > MAX_NAME_TEXT:
             return f"more than {MAX_NAME_TEXT} characters of names"
         for header in ("content-type", "content-disposition"):
@@ -821,6 +1068,14 @@ class MimeMessage(Message):
             return "multipart without its boundary"
         if self._second_boundary():
             return "ambiguous boundary"
+        kinds = self._media_types()
+        if kinds[0].partition("/")[0] != "message" and any(k.startswith("message/") for k in kinds):
+            return "ambiguous content type"
+        if len({kind for kind in kinds[1:] if kind.startswith("message/")}) > 1:
+            return "ambiguous content type"
+        hidden = any(kind.startswith("multipart/") for kind in kinds)
+        if hidden and isinstance(payload, str) and _HIDDEN_PARTS.search(payload):
+            return "multipart without its boundary"
         return None
 
     def _name_text_size(self) -> int:
@@ -835,11 +1090,8 @@ class MimeMessage(Message):
             return False
         candidates: set[str] = set()
         for value in types:
-            for piece in _split_parameters(value):
-                name, equals, text = piece.partition("=")
-                if equals and name.strip().lower().startswith("boundary"):
-                    extended = "*" in name
-                    candidates.update(v.strip() for v in _name_variants(text.strip(), extended))
+            names = _header_names(value, internal=True)
+            candidates.update(text.strip() for name, text in names if "boundary" in name)
         used = self.get_boundary() if self._seen_multipart else None
         others = {_as_bytes(c) for c in candidates if c and c != used}
         if not others:
@@ -919,21 +1171,19 @@ class MimeMessage(Message):
 
         The list does not match the headers where the parser had to mend them.
         """
-        fields: list[bytes] = []
+        starts: list[int] = []
         raw = self._raw()
-        size = 0
+        size = end = 0
         for line in io.StringIO(_as_str(raw), newline=""):
             if not _HEADER_LINE.match(line):
                 if line[0] in "\r\n":
                     size += len(line)
                 break
-            piece = raw[size : size + len(line)]
+            if line[0] not in " \t" or not starts:
+                starts.append(size)
             size += len(line)
-            if line[0] in " \t" and fields:
-                fields[-1] += piece
-            else:
-                fields.append(piece)
-        return fields, size
+            end = size
+        return [raw[slice(*ends)] for ends in zip(starts, [*starts[1:], end])], size
 
     def _head(self, newline: bytes) -> bytes:
         """The header and the empty line after it."""
@@ -1174,8 +1424,10 @@ def _compatible(text: str) -> str:
 def _name_readings(name: str) -> Iterator[str]:
     """The names that a system might make of `name` when it writes the file."""
     yield name
-    if "\0" in name:
-        yield name.partition("\0")[0]
+    if "\0" in name or "%00" in name:
+        cut = re.split("\0|%00", name, maxsplit=1)[0]
+        yield cut
+        yield urllib.parse.unquote(cut)
     if "%" in name:
         yield urllib.parse.unquote(name)
     if not name.isascii():
@@ -1915,7 +2167,7 @@ def _replace(msg: MimeMessage, badname: str, savname: object) -> None:
         text = _as_str(text.encode("utf-8", "replace"))
     msg.set_payload(text)
     msg.preamble = msg.epilogue = None
-    msg.limit = None
+    msg.limit = msg._misread = None
     for header in ("content-type", "content-disposition", "content-transfer-encoding"):
         del msg[header]
     msg["Content-Type"] = "text/plain; name=WARNING.TXT" + ("" if plain else "; charset=utf-8")
@@ -2039,8 +2291,7 @@ def _forges_boundary(before: bytes, after: bytes, boundaries: set[bytes]) -> boo
 
 
 def _is_html(msg: MimeMessage, budget: _Budget) -> bool:
-    types = [value.partition(";")[0].strip().lower() for value in msg._raw_values("content-type")]
-    if any(t in _HTML_TYPES for t in [*types, msg.get_content_type()]):
+    if any(t in _HTML_TYPES for t in msg._media_types()):
         return True
     for _, name in budget.timed(msg._getnames(False, budget)):
         if any(extension in _HTML_EXTENSIONS for extension in _extensions(name[-MAX_NAME_TEXT:])):
@@ -2064,6 +2315,15 @@ def check_attachments(
         if verdict != _CONTINUE:
             return verdict
     return _CONTINUE
+
+
+def _content_types(msg: MimeMessage) -> bytes:
+    """The Content-Type headers, each on one line."""
+    return b"".join(
+        b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
+        for name, value in msg.raw_items()
+        if name.lower() == "content-type"
+    )
 
 
 class _Defang:
@@ -2099,6 +2359,46 @@ class _Defang:
         elif self.scan_rfc822 or msg.get_content_maintype() != "message":
             for child in list(msg._payload):
                 self.part(child, decoded)
+            if msg._parts_after_end and msg.epilogue:
+                self._epilogue(msg, decoded)
+            if not _HTML_TYPES.isdisjoint(msg._media_types()):
+                self._shown_as_html(msg)
+
+    def _shown_as_html(self, msg: MimeMessage) -> None:
+        """Replace a multipart, or a message, with scripts for a reader that takes it as HTML.
+
+        Under two types, that is; scripts in the HTML within are gone by now.
+        """
+        body = msg._body_bytes()
+        for encoding in msg._encodings():
+            try:
+                clean = _clean_html(_decode(body, encoding), msg._charsets(), self.budget)
+            except LimitExceeded as exc:
+                _log.warning("part removed: %s", exc)
+                _replace(msg, str(exc), self.savname)
+                return
+            if clean is not None:
+                _replace(msg, "ambiguous content type", self.savname)
+                return
+
+    def _epilogue(self, msg: MimeMessage, decoded: int) -> None:
+        """Check the parts that follow the end of a multipart, which some readers show.
+
+        Mail of which an inner multipart has the boundary of the outer one has such parts.
+        """
+        data = _content_types(msg) + b"\n" + _as_bytes(msg.epilogue or "")
+        try:
+            if decoded >= MAX_ZIP_DEPTH:
+                raise LimitExceeded("multiparts after each other's end")
+            self.budget.unpack(len(data))
+        except LimitExceeded as exc:
+            _log.warning("parts removed: %s", exc)
+            msg.epilogue = ""
+            return
+        hidden = message_from_file(io.BytesIO(data))
+        self.part(hidden, decoded + 1)
+        if hidden.ismodified():
+            msg.epilogue = _as_str(hidden._body_bytes())
 
     def _hidden(self, msg: MimeMessage, decoded: int) -> bool:
         """Replace a part whose bad content shows only to a reader that decodes more."""
@@ -2130,11 +2430,7 @@ class _Defang:
                     break
         if kind not in ("multipart", "message"):
             return
-        types = b"".join(
-            b"Content-Type: " + _as_bytes(re.sub(r"[\r\n]+", " ", str(value))) + b"\n"
-            for name, value in msg.raw_items()
-            if name.lower() == "content-type"
-        )
+        types = _content_types(msg)
         body = msg._body_bytes()
         for encoding in msg._encodings():
             data = _decode(body, encoding)

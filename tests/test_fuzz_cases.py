@@ -121,18 +121,19 @@ def test_spaces_within_values_stay() -> None:
     ],
     ids=["nul", "nuls", "inner-nul", "attribute", "odd-tag", "end-tag"],
 )
-def test_html_without_scripts_has_no_new_boundary(line: bytes) -> None:
+@pytest.mark.parametrize("head", [b"", b"Content-Disposition: attachment; filename=a.exe\r\n"])
+def test_html_without_scripts_has_no_new_boundary(line: bytes, head: bytes) -> None:
     """What is taken out of a line must not leave the line that ends the part."""
     raw = (
         b'Content-Type: multipart/mixed; boundary="x"\r\n\r\n--x\r\n'
-        b"Content-Type: text/html\r\n\r\n" + line + b"\r\n"
-        b"Content-Disposition: attachment; filename=a.exe\r\n\r\nMZ\r\n--x--\r\n"
+        b"Content-Type: text/html\r\n\r\n" + line + b"\r\n" + head + b"\r\nMZ\r\n--x--\r\n"
     )
     msg = mime.message_from_file(io.BytesIO(raw))
     assert len(msg.get_payload()) == 1
     mime.defang(msg)
     again = mime.message_from_file(io.BytesIO(msg.as_bytes()))
-    assert [part.get_filename() for part in again.get_payload()] in ([None], ["WARNING.TXT"])
+    parts = [part.get_filename() for part in again.walk()]
+    assert parts in ([None, None], [None, "WARNING.TXT"], ["WARNING.TXT"])
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"], ids=["lf", "cr", "crlf"])
@@ -148,8 +149,7 @@ def test_a_body_without_an_empty_line_before_it_becomes_no_header(end: bytes, wi
     msg = mime.message_from_file(io.BytesIO(raw))
     assert mime.defang(msg)
     again = mime.message_from_file(io.BytesIO(msg.as_bytes()))
-    assert b"a.exe" in again.as_bytes()
-    assert [part.get_filename() for part in again.walk()] in ([None], [None, None])
+    assert "a.exe" not in [part.get_filename() for part in again.walk()]
 
 
 def test_the_warning_for_an_attached_message_stays_within_it() -> None:

@@ -170,6 +170,24 @@ BAD_NAMES = [
     'Content-Type: x/y; name="=?utf-8?b?YS4=?=\n =?utf-8?b?ZXhl?="',
     'Content-Type: x/y; name="=?nonsense*en?q?a.exe?="',
     'Content-Type: x/y; name="=?utf-8?b?YS5leGU?="',
+    'Content-Type: x/y; name="=?utf-8*' + "x" * 300 + '?q?a=2Eexe?="',
+    'Content-Type: x/y; name="=?' + "x" * 300 + '?q?a=2Eexe?="',
+    'Content-Type: x/y; name="=??q?a=2Eexe?="',
+    'Content-Type: x/y; name="=?utf-8?q?a?b=2Eexe?="',
+    'Content-Type: x/y; name="=?utf-8?q?a=2Eexe"',
+    'Content-Type: x/y; name="=?utf 8?q?a=2Eexe?="',
+    "Content-Disposition: x; filename*=utf-8''%3D%3Futf-8%3Fq%3Fa%3D2Eexe%3F%3D",
+    "Content-Disposition: x; filename*=%3D%3Futf-8%3Fq%3Fa%3D2Eexe%3F%3D",
+    'Content-Disposition: x; filename*0="a."; filename*1="exe"; filename*3=".txt"',
+    'Content-Disposition: x; filename*3=".txt"; filename*1="exe"; filename*0="a."',
+    'Content-Disposition: x; filename*0="a."; filename*1="exe"; filename*1="txt"',
+    'Content-Disposition: x; filename*0="a."; filename*1="txt"; filename*1="exe"',
+    'Content-Disposition: x; filename*0="a."; filename*1="exe"; filename*02=".txt"',
+    "Content-Disposition: x; filename*0*=utf-8''a; filename*1*=%2Eexe; filename*3=.txt",
+    'Content-Type: x/y; name="a.exe%00.txt"',
+    'Content-Type: x/y; name="a%2Eexe%00.txt"',
+    'Content-Type: x/y; name="a%2Eexe\0.txt"',
+    "Content-Disposition: x; filename*=utf-8''a.exe%2500.txt",
     'Content-Type: x/y; name="a.exe',
     'Content-Type: x/y; name="a.exe; charset=x',
     "Content-Type: x/y; name='a.exe'",
@@ -177,6 +195,26 @@ BAD_NAMES = [
     'Content-Type: x/y; name="a.ex\\e"',
     "Content-Type: x/y; name=<a.exe>",
     "Content-Type: x/y; name=a.exe (a program)",
+    'Content-Type: x/y; name="a.exe" (a program)',
+    'Content-Disposition: attachment; filename="a.exe" (a program)',
+    'Content-Disposition: attachment; filename=(c) "a.exe"',
+    'Content-Disposition: attachment; filename="a.exe"x',
+    'Content-Disposition: attachment; filename="a.exe" x',
+    'Content-Disposition: attachment; filename=x "a.exe" y',
+    'Content-Disposition: attachment; filename="a.exe" filename="b.txt"',
+    "Content-Disposition: attachment; filename=a.exe (b (c))",
+    "Content-Disposition: attachment; filename=(b (c)) a.exe",
+    "Content-Disposition: attachment; filename=a.e(x)xe",
+    "Content-Disposition: attachment; filename=a.exe (b \\) c)",
+    "Content-Disposition: attachment; filename=a.exe (b",
+    "Content-Disposition: attachment; filename=a.exe x",
+    "Content-Disposition: attachment; filename=a.exe size=5",
+    "Content-Disposition: attachment; size=5 filename=a.exe",
+    "Content-Disposition: attachment; filename=a.ex\\e",
+    'Content-Disposition: attachment (" x); filename="a.exe" (y ")',
+    'Content-Disposition: attachment (") ; filename=a.exe (")',
+    "Content-Disposition: attachment (;); filename (c) *=utf-8''a%2Eexe",
+    'Content-Disposition: attachment; x="\\"; filename="a.exe"; y="b.txt"',
     "Content-Type: x/y; name=" + "a" * 10_000 + ".exe",
     "Content-Type: x/y; name=a.exe" + " " * 10_000,
     "Content-Type: x/y; name=a.exe.",
@@ -200,6 +238,37 @@ BAD_NAMES = [
     "Content-Type: message/rfc822; name=a.exe",
     "Content-Type: multipart/mixed; boundary=cc; name=a.exe",
 ]
+
+
+GOOD_HEADERS = [
+    'Content-Type: text/plain; charset="us-ascii" (Plain text)',
+    "Content-Type: text/plain; charset=us-ascii (Plain text)",
+    "Content-Type: text/plain (text)",
+    'Content-Type: application/pdf; name="my (first) report.pdf"',
+    "Content-Type: application/pdf; name=my (first) report (1).pdf",
+    'Content-Type: application/pdf; name="the \\"a.com\\" report.pdf"',
+    'Content-Disposition: attachment; filename="C:\\a.com\\report.pdf"',
+    'Content-Disposition: attachment; filename="a.com report.pdf"',
+    'Content-Disposition: attachment; filename="a.exe; b.pdf"; size=5',
+    "Content-Disposition: attachment; filename=it's a report.pdf",
+    "Content-Type: message/rfc822 (forwarded); name=a.eml",
+    'Content-Disposition: x; filename*0="a."; filename*1="ex"; filename*2="ample"',
+    "Content-Disposition: x; filename*0=a; filename*1=.pdf; filename=a.pdf",
+    'Content-Disposition: x; filename="=?utf-8?q?a=2Epdf?="',
+    'Content-Disposition: x; filename="what =? is this?=.pdf"',
+    'Content-Disposition: x; filename="100%00.pdf"',
+    "Content-Type: text/plain\nContent-Type: text/html",
+    "Content-Type: text/plain\nContent-Type: application/pdf; name=a.pdf",
+    "Content-Type: message/rfc822\nContent-Type: message/rfc822",
+    "Content-Type: message/delivery-status (report)",
+    "Content-Type: multipart/mixed (two); boundary=cc (the end)",
+    'Content-Type: text/plain; charset=utf-8; boundary="x=_name=a.com"',
+]
+
+
+@pytest.mark.parametrize("headers", GOOD_HEADERS)
+def test_good_headers_are_left_alone(headers):
+    assert not removed(part(headers, b"x\n"))
 
 
 @pytest.mark.parametrize("headers", BAD_NAMES)
@@ -233,6 +302,49 @@ def test_uuencoded_files_in_text_have_names():
     body = b"Hello\nbegin 644 a.exe\n#86)C\n`\nend\n"
     assert ("uuname", "a.exe") in read(part("Subject: x", body)).getnames()
     assert removed(part("Content-Type: text/plain", body))
+
+
+ZEROS = binascii.b2a_uu(b"MZ\x90" + b"\0" * 42)
+UUENCODED = [
+    b"begin 644 a.exe\n" + ZEROS + b" \nend\n",
+    b"begin 644 a.exe\n" + ZEROS.rstrip() + b"\n \nend\n",
+    b"begin 0644 a.exe\n" + ZEROS.replace(b" ", b"`") + b"`\nend\n",
+    b"begin 644 a.exe\n`\n" + ZEROS,
+    b"begin  644   a.exe\n" + ZEROS,
+    b"begin 644 a.exe\n" + ZEROS.rstrip(),
+    b"begin-base64 644 a.exe\nTVqQAAMAAAAEAAAA//8AALgAAAAAAAAA\n====\n",
+]
+
+
+@pytest.mark.parametrize("body", UUENCODED)
+def test_uuencoded_files_however_they_are_written(body):
+    for text in (body, b"Hello\n" + body, body.replace(b"\n", b"\r\n")):
+        assert removed(part("Content-Type: text/plain", text))
+        for encoding, data in (
+            ("base64", base64.encodebytes(text)),
+            ("quoted-printable", text.replace(b"=", b"=3D").replace(b"be", b"=62=65")),
+        ):
+            head = f"Content-Type: text/plain\nContent-Transfer-Encoding: {encoding}"
+            assert removed(part(head, data))
+    inside = mixed(GOOD).replace(b"--bb\n", body + b"--bb\n", 1)
+    assert removed(inside.replace(b"bb", b"cc"))
+    assert removed((mixed(GOOD) + b"\n" + body).replace(b"bb", b"cc"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"begin 644 a.exe\nDear all,\n",
+        b"begin 644 a.exe\nDear\n",
+        b"begin-base64 644 a.exe\nDear all,\n",
+        b"begin by running a.exe\n" + ZEROS,
+        b"We begin 644 a.exe\n" + ZEROS,
+        b"begin 644 a.txt\n" + ZEROS,
+        b"begin 644 \n" + ZEROS,
+    ],
+)
+def test_text_that_is_not_uuencoded(body):
+    assert not removed(part("Content-Type: text/plain", body))
 
 
 def test_too_many_parameters_are_suspicious():
@@ -327,6 +439,175 @@ def test_two_boundaries_are_suspicious(header):
     assert defanged(harmless).as_bytes() == harmless
 
 
+BAD_MESSAGE = part("Subject: x\nContent-Type: x/y; name=a.exe")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Content-Type: (c) message/rfc822",
+        "Content-Type: message (c)/rfc822",
+        "Content-Type: message / rfc822",
+        'Content-Type: "message/rfc822"',
+        "Content-Type: text/plain\nContent-Type: message/rfc822",
+        "Content-Type: text/plain\nContent-Type: (c) Message/RFC822; name=x",
+        "Content-Type: multipart/mixed; boundary=none\nContent-Type: message/rfc822",
+        "Content-Type: message/delivery-status\nContent-Type: message/rfc822",
+        "Content-Type: text/plain\nContent-Type: multipart/mixed",
+        "Content-Type: mess\\age/rfc822",
+        'Content-Type: (c) multipart/mixed; boundary="cc"',
+        'Content-Type: "multipart/mixed"; boundary="cc"',
+        'Content-Type: multipart/mixed; boundary="cc" (c)',
+        "Content-Type: multipart/mixed; boundary=cc (c (d))",
+        "Content-Type: multipart/mixed; (c) boundary=cc",
+        "Content-Type: multipart/mixed boundary=cc",
+        "Content-Type: (c) multipart/mixed",
+    ],
+)
+def test_types_and_boundaries_that_only_some_readers_see(header):
+    assert removed(part(header, b"--cc\n" + BAD_MESSAGE + b"--cc--\n"))
+
+
+NAMED = b"Content-Disposition: attachment; filename=a.exe"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Disposition : attachment; filename=a.exe",
+        b"content-type\t: x/y; name=a.exe",
+        b"Content-Disposition\n : attachment; filename=a.exe",
+        b"X: y\nContent-Disposition : attachment; filename=a.exe",
+        b"X: y\njunk\n" + NAMED,
+        b"X: y\n>From x\n" + NAMED,
+        b">From x\n" + NAMED,
+        b"X-\xe4: y\n" + NAMED,
+        b"X Y: z\n" + NAMED,
+        b"X: y\r\r\n" + NAMED,
+        b"X: y\r\r" + NAMED,
+        b"X: y\r\rZ: y\n" + NAMED,
+        b" " + NAMED,
+        b"\t" + NAMED + b"\nX: y",
+        b":\n " + NAMED,
+    ],
+)
+def test_headers_that_the_parser_does_not_reach(head):
+    assert removed(head + b"\n\nbody\n")
+    assert removed((head + b"\n\nbody\n").replace(b"\r", b"\r\r").replace(b"\n", b"\r\n"))
+
+
+def test_html_under_a_header_that_the_parser_does_not_reach():
+    base64_html = base64.encodebytes(b"<script>x</script>")
+    html = b"Content-Type: text/html\n"
+    assert removed(html + b"Content-Transfer-Encoding : base64\n\n" + base64_html)
+    assert removed(b"X: y\rContent-Transfer-Encoding: base64\n" + html + b"\n<script>x</script>")
+
+
+def test_a_multipart_that_the_parser_does_not_see():
+    raw = mixed(GOOD, part("Content-Type: x/y; name=a.exe"))
+    for bad in (b"Content-Type : ", b"junk\nContent-Type: "):
+        assert b"a.exe" not in defanged(raw.replace(b"Content-Type: ", bad, 1)).as_bytes()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"X: y\nno header\n\n" + NAMED + b"\n",
+        b"X: y\nContents follow:\n\nbody",
+        b"\n" + NAMED + b"\n",
+        b"X: y\n\n" + NAMED + b"\n",
+        b"X: y\n \nContent-Type: text/plain\n\nbody",
+        b" leading\nContent-Type: text/plain\n\nbody",
+        b"X: y\rZ: y\nContent-Type: text/plain\n\nbody",
+        b"X: y\r z\nContent-Type: text/plain\n\nbody\r\rContent-Type: x/y\n",
+        b"From a b\nContent-Type: text/plain\n\nbody",
+        b"X: y\nFrom a b\nContent-Type: text/plain\n\nbody",
+        b"Content-Type: message/delivery-status\n\nA: b\n\nC: d\nfolded badly\n\n\nE: f\n",
+        b"Content-Type: message/delivery-status\n\nA: b\n\nC: d\nfolded badly\nContent-Type: x/y\n",
+        b"Content-Type: text/plain\r\n\r\nold\rtext\r--\rContent-Type: x/y\r\n",
+        b"no header\n",
+    ],
+)
+def test_odd_headers_that_hide_nothing(raw):
+    assert not removed(raw)
+
+
+@pytest.mark.parametrize(
+    ("before", "line"),
+    [
+        (b"", b"--bbJUNK"),
+        (b"", b"--bb x"),
+        (b"", b"--bb--x"),
+        (b"", b"--bb\x0c"),
+        (b"", b"--bb\rx"),
+        (b"hi \r--bb--\r x\n", b"--bb"),
+        (b"hi \r--bb-- \n", b"--bb"),
+        (b"hi \n--bb--\rx\n", b"--bb"),
+        (b"--bb--\n\n", b"--bb"),
+        (b"--bb--\n--bb--\n", b"--bb"),
+        (b"--bb--\n\n", b"--bbJUNK"),
+        (b"--bb--\n", b"--bb\n\nx\n--bb--\n\n--bb"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["multipart/mixed", "multipart/digest"])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_boundaries_that_only_some_readers_see(before, line, kind, newline):
+    inner = b"X: y\n" + NAMED + b"\n\nMZ\n"
+    inner = (b"\n" if kind == "multipart/digest" else b"") + inner
+    raw = mixed(GOOD, kind=kind)[: -len(b"--bb--\n")] + before + line + b"\n" + inner + b"--bb--\n"
+    raw = raw.replace(b"\n", newline)
+    assert NAMED not in defanged(raw).as_bytes()
+    inside = part(
+        "Content-Type: multipart/mixed; boundary=outer", b"--outer\n" + raw + b"--outer--"
+    )
+    assert NAMED not in defanged(inside).as_bytes()
+
+
+def test_parts_after_the_end_are_checked_by_themselves():
+    bad = part("Content-Type: x/y; name=a.exe")
+    raw = mixed(GOOD, mixed(GOOD), GOOD, bad, part("Content-Type: text/html", HTML), GOOD)
+    result = defanged(raw).as_bytes()
+    assert b"name=a.exe" not in result and b"alert" not in result
+    assert result.count(GOOD) == 4 and CLEAN in result
+    many = mixed(GOOD) + b"--bb\n\nx\n--bb\nContent-Type: text/plain\n\nx\n--bb--\n" * 8
+    assert len(defanged(many).as_bytes()) < len(many)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"-- \nMe\n--\nsigned\n",
+        b"--b\nContent-Type: x/y\n",
+        b"--other\nContent-Type: x/y\n\n--other--\n",
+        b"--bb is the boundary\n\nContent-Type: x/y\n",
+        b"--bb-\nsome text\n",
+        b"--bbb--\n",
+        b"old\rtext\r-- \rsigned\r",
+        b"old\r\r",
+        b"----bb\nContent-Type: x/y\n",
+        b" --bb\nContent-Type: x/y\n",
+        b"----- Forwarded message -----\nContent-Type: x/y\n",
+    ],
+)
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_text_that_is_no_boundary(text, newline):
+    raw = mixed(GOOD, part("Content-Type: text/plain; format=flowed", text), GOOD)
+    for epilogue in (b"", b"\n", b"\n-- \nThe list\n", b"--bb--\n", text):
+        whole = (raw + epilogue).replace(b"\n", newline)
+        assert defanged(whole).as_bytes() == whole
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b" \n", b" \t \r\n"])
+def test_boundaries_that_begin_with_one_another(end):
+    inner = mixed(GOOD, GOOD, kind="multipart/alternative").replace(b"bb", b"bb_1")
+    inmost = mixed(GOOD, GOOD, kind="multipart/related").replace(b"bb", b"bb_1_2")
+    inner = inner.replace(b"--bb_1--", b"--bb_1\n" + inmost + b"--bb_1--")
+    raw = mixed(GOOD, inner, GOOD, inmost, GOOD)
+    raw = raw.replace(b"--bb\n", b"--bb" + end).replace(b"_1\n", b"_1" + end)
+    assert defanged(raw).as_bytes() == raw
+    assert len(read(raw).get_payload()) == 5
+
+
 def attached_message(inner, levels):
     for _ in range(levels):
         inner = part("Content-Type: message/rfc822", inner)
@@ -366,6 +647,14 @@ def test_encoded_messages_and_multiparts(encoding, kind):
         assert not mime.defang(msg, scan_rfc822=False)
 
 
+def test_a_delivery_report_stays_good_once_it_is():
+    block = b"A: b\nContent-Type: x/y; name=a.exe\n\n"
+    raw = b"Content-Type: message/delivery-status\n\n" + block * 3
+    once = defanged(raw).as_bytes()
+    assert b"name=a.exe" not in once and once.count(b"a.exe'") == 3
+    assert defanged(once).as_bytes() == once
+
+
 def test_encodings_within_each_other_are_bounded():
     inner = GOOD
     for _ in range(8):
@@ -390,6 +679,34 @@ def test_a_from_line_at_the_end_of_the_headers():
     assert b"--bb\nSubject: x\nFrom a b\n\nbody\n--bb\n" in result
     assert result.endswith(GOOD + b"\n--bb--\n")
     assert b"a.exe'" in result and b"name=a.exe" not in result
+
+
+def test_a_from_line_that_begins_an_attached_message():
+    raw = mixed(
+        b"Content-Type: message/rfc822\nFrom a b\n\nSubject: y\nContent-Type: x/y; name=a.exe\n\nz",
+        GOOD,
+    )
+    assert read(raw).as_bytes() == raw
+    msg = read(raw)
+    inner = msg.get_payload(0).get_payload(0)
+    assert inner.get_unixfrom() == "From a b" and inner["subject"] == "y"
+    inner["X-New"] = "1"
+    expected = b"\nFrom a b\n\nSubject: y\nContent-Type: x/y; name=a.exe\nX-New: 1\n\nz\n--bb"
+    assert expected in msg.as_bytes()
+    result = defanged(raw).as_bytes()
+    assert b"Subject: y" in result and b"name=a.exe" not in result
+    assert result.endswith(GOOD + b"\n--bb--\n")
+
+
+def test_many_from_lines_take_linear_time():
+    parts = b"--b\nX: y\nFrom a b\n\n" * 9_000
+    raw = b"Content-Type: multipart/mixed; boundary=b\n\n" + parts + b"\n" * 3_000_000
+    began = time.process_time()
+    msg = read(raw)
+    msg.get_payload(0)["X-New"] = "1"
+    assert len(msg.get_payload()) == 9_000
+    assert msg.as_bytes().endswith(parts[len(parts) // 2 :] + b"\n" * 3_000_000)
+    assert time.process_time() - began < 10
 
 
 # -- bounds
@@ -698,6 +1015,13 @@ CLEAN = b"<p>Gr\xfc\xdfe" + mime.HTMLScriptFilter.msg.encode() + b" <a>y</a>\n"
         "Content-Type: application/octet-stream; name=a.HTML",
         "Content-Type: x/y\nContent-Disposition: attachment; filename*=utf-8''a%2Ehtm",
         "Content-Type: text/plain\nContent-Type: text/html",
+        "Content-Type: text/html (c)",
+        "Content-Type: (c) text/html; charset=us-ascii",
+        "Content-Type: text/(c)html",
+        "Content-Type: text / html",
+        'Content-Type: "text/html"',
+        "Content-Type: text/html charset=us-ascii",
+        "Content-Type: text/html, charset=us-ascii",
     ],
 )
 @pytest.mark.parametrize("encoding", ["8bit", "base64", "quoted-printable", None])
@@ -860,6 +1184,23 @@ def test_scripts_go_and_japanese_stays():
     assert text.endswith(mime.HTMLScriptFilter.msg + "<p>")
 
 
+@pytest.mark.parametrize("charset", ['"utf-7" (c)', "utf-7 (c)", "utf-7 (c (d))", "utf-7 x"])
+def test_charsets_with_comments(charset):
+    raw = part(f"Content-Type: text/html; charset={charset}", b"+ADw-script+AD4-x+ADw-/script+AD4-")
+    assert read(raw).get_content_charset() == "utf-7"
+    assert b"script+AD4" not in defanged(raw).as_bytes()
+
+
+@pytest.mark.parametrize(
+    "encoding", ["(c) base64", "(c (d)) base64", "base64 (c)", "ba\\se64", "'base64'", "base64."]
+)
+def test_transfer_encodings_with_comments(encoding):
+    raw = part(
+        f"Content-Type: text/html\nContent-Transfer-Encoding: {encoding}", base64.encodebytes(HTML)
+    )
+    assert base64.b64decode(defanged(raw).as_bytes().partition(b"\n\n")[2]) == CLEAN
+
+
 def test_byte_order_marks_rule():
     for charset in ("utf-16", "utf-32"):
         raw = part(
@@ -903,6 +1244,36 @@ def test_many_transfer_encodings_are_as_few_as_decode_differently():
     began = time.process_time()
     assert not mime.defang(read(raw))
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("second", ["text/html", "(c) text/html; charset=us-ascii"])
+def test_multiparts_that_are_html_by_another_header(second):
+    plain = part("Content-Type: text/plain", HTML)
+    inner = mixed(GOOD, plain, kind="multipart/alternative").replace(b"bb", b"cc")
+    harmless = mixed(GOOD, part("Content-Type: text/html", b"<p>x</p>")).replace(b"bb", b"cc")
+    for raw in (inner, part("Content-Type: message/rfc822", plain)):
+        assert not removed(raw)
+        twice = raw.replace(b"\n\n", f"\nContent-Type: {second}\n\n".encode(), 1)
+        assert removed(twice)
+    twice = harmless.replace(b"\n\n", f"\nContent-Type: {second}\n\n".encode(), 1)
+    assert not removed(twice)
+
+
+def test_a_multipart_that_is_html_too_takes_no_more_than_its_time(monkeypatch):
+    raw = mixed(GOOD).replace(b"\n\n", b"\nContent-Type: text/html\n\n", 1)
+    clean = mime._clean_html
+
+    def slow(data, *rest):
+        monkeypatch.setattr(mime._Budget, "check_time", late)
+        return clean(data, *rest)
+
+    def late(budget):
+        raise mime.LimitExceeded("takes too long")
+
+    monkeypatch.setattr(mime, "_clean_html", slow)
+    msg = read(raw)
+    assert mime.defang(msg)
+    assert "takes too long" in msg.get_payload()
 
 
 def test_other_parts_are_not_html():

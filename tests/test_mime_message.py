@@ -727,15 +727,56 @@ def test_failures_of_the_standard_parser_are_survived(monkeypatch, broken):
         b"Content-Type: text/plain" + b"; name*1*=a" * 50_000 + b"\n\n",
         b"Content-Disposition: x; filename=" + b"=?" * 300_000 + b"\n\n",
         b"Content-Disposition: x; filename=" + b"(" * 300_000 + b"\n\n",
+        b"Content-Disposition: x; filename=" + b"()" * 300_000 + b"\n\n",
+        b"Content-Type: (" + b"(" * 300_000 + b")" * 300_000 + b"\n\n",
+        b"Content-Type: (" + b"\\" * 600_000 + b"\n\n",
+        b"Content-Disposition: x; filename=x" + b'"' * 600_001 + b"\n\n",
+        b'Content-Disposition: x; filename=x"' + b'\\"' * 300_000 + b"\n\n",
+        b"Content-Transfer-Encoding: " + b"(" * 300_000 + b"\n\n",
         b"Content-Type: multipart/mixed; boundary=" + b"x" * 1_000_000 + b"\n\n--" + b"x" * 100,
         b"Content-Type: x; " + b"name " * 100_000 + b'"\n\n',
         b"Content-Transfer-Encoding: base64\n\n" + b"=" * 1_000_000,
+        b"X: y\n" + b" z\n" * 1_000_000 + b"Content-Type: x/y; name=a.exe\n\n",
+        b"Content-Disposition: x; filename=" + b"=?a?q?" * 200_000 + b"\n\n",
+        b"Content-Disposition: x; filename=" + b"=?a" * 200_000 + b"\n\n",
+        b"Content-Disposition: x" + b"".join(b"; f*%d=a" % (i * 2) for i in range(999)) + b"\n\n",
         b"\n" + b"begin 644 " * 100_000,
         b"\n" + b"begin 644 x\n" * 100_000,
+        b"\nbegin" + b" " * 500_000 + b"644" + b" " * 500_000,
+        b"\n" + b"begin 644 x\n" + b" " * 500_000 + b"x",
+    ],
+    ids=range(23),
+)
+def test_long_headers_take_linear_time(raw):
+    in_linear_time(raw)
+
+
+MIXED = b"Content-Type: multipart/mixed; boundary=b\n\n--b\n\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        MIXED + b"--bx\n" * 300_000,
+        MIXED + b"--bx\njunk\n" * 200_000,
+        MIXED + b"--bx\n" + b"junk\n" * 500_000,
+        MIXED + b"--b\njunk\n" * 9_000 + b"junk\n" * 300_000,
+        MIXED + b"--b\nX: y\r\r\n" * 9_000 + b"junk\r" * 300_000,
+        MIXED + b"--b--\n" * 300_000,
+        (MIXED + b"--b--\n") * 9_000,
+        b"junk\r\r\n" * 300_000,
+        b"X: y\r" * 300_000,
+        nested("multipart", 40)
+        + b"\n--39\nContent-Type: multipart/mixed; boundary=b\n\n--b\n\n" * 4_000,
+        nested("message", 45) + b"junk\n" * 100_000,
     ],
     ids=range(11),
 )
-def test_long_headers_take_linear_time(raw):
+def test_odd_structures_take_linear_time(raw):
+    in_linear_time(raw)
+
+
+def in_linear_time(raw):
     began = time.process_time()
     msg = read(raw)
     msg.getnames(True)
