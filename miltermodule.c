@@ -378,6 +378,9 @@ stop_with_exception(module_state *state)
 {
     PyObject *exception = take_exception();
 
+    if (PyErr_GivenExceptionMatches(exception, PyExc_SystemExit)) {
+        ask_all_to_stop();
+    }
     LOCK_STATE();
     if (state->raised == NULL) {
         state->raised = exception;
@@ -1396,9 +1399,15 @@ milter_main(PyObject *module, PyObject *Py_UNUSED(ignored))
         filter.phase = before;
         return NULL;
     }
-    /* A signal that came meanwhile: nothing after this runs its handler by the way. */
-    if (open_pipe(state) < 0 || hook_interpreter(module, state) < 0 || PyErr_CheckSignals() < 0) {
+    if (open_pipe(state) < 0 || hook_interpreter(module, state) < 0) {
         filter.phase = SOCKET_OPEN;
+        return NULL;
+    }
+    /* A signal that came meanwhile: nothing after this runs its handler by the way. */
+    if (PyErr_CheckSignals() < 0) {
+        filter.phase = STOPPED;
+        stop_listening(&local);
+        release_descriptors();
         return NULL;
     }
     warn_of_few_descriptors();
@@ -1426,6 +1435,7 @@ static PyObject *
 milter_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     atomic_store(&filter.stop_wanted, true);
+    ask_all_to_stop();
     wake_main();
     Py_RETURN_NONE;
 }
@@ -1745,6 +1755,7 @@ milter_set_drain_timeout(PyObject *module, PyObject *value)
         return NULL;
     }
     filter.drain_ms = (int)(seconds * 1000);
+    share_drain_timeout();
     Py_RETURN_NONE;
 }
 
@@ -1923,6 +1934,9 @@ static PyMethodDef milter_functions[] = {
     {"_share_socket", share_socket, METH_O, NULL},
     {"_become_worker", become_worker, METH_VARARGS, NULL},
     {"_worker_gone", worker_gone, METH_O, NULL},
+    {"_fork_worker", fork_worker, METH_O, NULL},
+    {"_hold_signals", hold_signals, METH_O, NULL},
+    {"_await", await_news, METH_VARARGS, NULL},
     {"_stop_state", stop_state, METH_NOARGS, NULL},
     {"_unique_id", unique_id, METH_NOARGS, NULL},
     {"_last_unique_id", last_unique_id, METH_NOARGS, NULL},

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import logging
 import operator
 import os
-import select
 import signal
 import stat
 import struct
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import milter
 
@@ -38,7 +38,7 @@ PAUSES = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 TOO_MANY = 5
 #: Seconds that a worker may take, beyond the drain timeout, until it is killed.
 GRACE = 3.0
-#: So many exceptions in the supervisor itself, by signal handlers, and it lets go of all.
+#: So many exceptions in the supervisor itself, and it lets go of all.
 MAX_FAILURES = 20
 #: Seconds between looks at the workers where the system does not tell of their end.
 LOOK = 0.1
@@ -217,6 +217,10 @@ class _Supervisor:
             try:
                 check_threads()
                 self._prepare(stack)
+                # From here on handlers run in milter._await() alone: what they raise finds every
+                # worker as the lines below left it.
+                stack.callback(milter._hold_signals, False)
+                milter._hold_signals(True)
             except BaseException:
                 _close_socket()
                 raise
@@ -245,13 +249,17 @@ class _Supervisor:
         self._reports = _pipe(stack)
         self._wakeup = _pipe(stack)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
-        stack.callback(signal.set_wakeup_fd, self._wakeup_before)
+        stack.callback(self._return_wakeup_fd)
+        stack.callback(self._restore_handlers)
         for number in _STOPS:
             handler = signal.getsignal(number)
             if handler in (signal.SIG_DFL, signal.default_int_handler):
                 self._handlers[number] = handler
                 signal.signal(number, self._on_signal)
-        stack.callback(self._restore_handlers)
+
+    def _return_wakeup_fd(self) -> None:
+        with contextlib.suppress(ValueError, OSError):  # the program may have closed its own
+            signal.set_wakeup_fd(self._wakeup_before)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -266,6 +274,8 @@ class _Supervisor:
 
     def _turn(self) -> None:
         """Do what is due, then wait for news."""
+        # First: workers that are told to stop otherwise would run their handlers as they end.
+        self._pass_on(_read(self._wakeup[0]))
         self._read_reports()
         for worker in self._workers:
             if worker.pid:
@@ -293,17 +303,18 @@ class _Supervisor:
         times = [worker.due for worker in self._workers if not worker.pid and not self._stopping]
         times += [self._deadline] if self._stopping else []
         times += [] if self._next_beat is None else [self._next_beat]
-        poll = select.poll()
-        for descriptor in (self._reports[0], self._wakeup[0]):
-            poll.register(descriptor, select.POLLIN)
+        descriptors = [self._reports[0], self._wakeup[0]]
         for worker in self._workers:
             if worker.pidfd >= 0:
-                poll.register(worker.pidfd, select.POLLIN)
+                descriptors.append(worker.pidfd)
             elif worker.pid:
                 times.append(now + LOOK)
-        timeout = None if not times else max(0.0, min(times) - now) * 1000 + 1
-        poll.poll(timeout)
-        self._pass_on(_read(self._wakeup[0]))
+        timeout = -1 if not times else int(max(0.0, min(times) - now) * 1000) + 1
+        try:
+            milter._await(descriptors, min(timeout, 1_000_000_000))
+        except BaseException as exc:  # noqa: BLE001 - of a handler: it ends the filter, in order
+            self._raised = self._raised or exc
+            self._stop = True
 
     def _pass_on(self, numbers: bytes) -> None:
         """Pass signals on to the workers, where the application has a handler for them."""
@@ -341,22 +352,19 @@ class _Supervisor:
                 raise
             self._failed_to_start(worker, exc)
             return
-        # A signal would be for the wrong process until the child has its own handlers.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            pid = os.fork()
+            pid = milter._fork_worker(functools.partial(self._work, worker, lifeline))
         except OSError as exc:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             _close(*lifeline)
             self._failed_to_start(worker, exc)
             return
-        if pid == 0:
-            self._work(worker, lifeline, mask)
+        except BaseException:
+            _close(*lifeline)
+            raise
         os.close(lifeline[0])
         worker.pid, worker.lifeline = pid, lifeline[1]
         worker.ready_at, worker.asked_to_stop, worker.was_killed = None, False, False
         worker.pidfd = _pidfd(pid)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _failed_to_start(self, worker: _Worker, exc: Exception) -> None:
         pause = self._count_failure(worker, f"cannot be started: {exc}")
@@ -364,11 +372,8 @@ class _Supervisor:
             "worker %d cannot be started: %s; next attempt in %g s", worker.number + 1, exc, pause
         )
 
-    def _work(
-        self, worker: _Worker, lifeline: tuple[int, int], mask: set[int | signal.Signals]
-    ) -> NoReturn:
-        """Be the worker, in the child: nothing of the program around the call may run here."""
-        status = 1
+    def _work(self, worker: _Worker, lifeline: tuple[int, int]) -> int:
+        """Be the worker, in the child, and return its exit status."""
         try:
             signal.set_wakeup_fd(self._wakeup_before)
             self._restore_handlers()
@@ -376,21 +381,21 @@ class _Supervisor:
             _close(*(fd for each in self._workers for fd in (each.lifeline, each.pidfd) if fd >= 0))
             milter._become_worker(worker.number, lifeline[0], self._reports[1])
             _leave_terminal()
-            atexit._clear()  # what the program registered is for the supervisor to do, once
+            _forget_exit_functions()
             atexit.register(logging.shutdown)
-            status = self._serve(worker, mask)
+            status = self._serve(worker)
             threading._shutdown()  # type: ignore[attr-defined] # wait for non-daemon threads
             atexit._run_exitfuncs()
+            return status
         finally:
             for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(BaseException):  # a handler may raise here, too
                     stream.flush()
-            os._exit(status)
 
-    def _serve(self, worker: _Worker, mask: set[int | signal.Signals]) -> int:
+    def _serve(self, worker: _Worker) -> int:
         """Run ``worker_init`` and ``main()``; returns the exit status."""
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            milter._hold_signals(False)  # signals that came before are for this process by now
             if self._pin:
                 _keep_to_core(worker.number)
             if self._worker_init is not None:
@@ -455,7 +460,7 @@ class _Supervisor:
         if worker.asked_to_stop and code is not None and code > 0:
             self._raised = self._raised or SystemExit(code)
             return
-        if code in (0, None) or (worker.ready_at is None and -(code or 0) in _STOPS):
+        if code in (0, None) or -(code or 0) in _STOPS:  # it was asked to from outside as well
             return
         if worker.ready_at is None and code == 128 + signal.SIGINT:
             return
@@ -486,11 +491,11 @@ class _Supervisor:
         self._deadline = time.monotonic() + (drain + close) / 1000 + GRACE
         _close_socket()
         for worker in self._workers:
+            if worker.ready_at is None:
+                _send(worker, signal.SIGTERM)  # it may be busy with worker_init
             if worker.lifeline >= 0:
                 os.close(worker.lifeline)
                 worker.lifeline = -1
-            if worker.ready_at is None:
-                _send(worker, signal.SIGTERM)  # it may be busy with worker_init
         if self._on_stop is not None:
             self._on_stop()
 
@@ -535,8 +540,10 @@ def _read(descriptor: int) -> bytes:
 
 
 def _send(worker: _Worker, number: int) -> None:
-    if worker.pid:
-        with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):
+        if worker.pidfd >= 0:
+            signal.pidfd_send_signal(worker.pidfd, number)  # never to another with that number
+        elif worker.pid:
             os.kill(worker.pid, number)
 
 
@@ -546,6 +553,16 @@ def _pidfd(pid: int) -> int:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):
         return -1
+
+
+def _forget_exit_functions() -> None:
+    """What the program registered is for the supervisor to do, once."""
+    atexit._clear()
+    with contextlib.suppress(KeyError, AttributeError):
+        # It registers itself only once; a worker's own temporary directories need it anew.
+        finalize: Any = sys.modules["weakref"].finalize
+        finalize._registry.clear()
+        finalize._registered_with_atexit = False
 
 
 def _keep_to_core(number: int) -> None:

@@ -155,15 +155,11 @@ ensure_stack(void)
 static int
 start_libmilter(module_state *state)
 {
-    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
     pthread_t thread;
     pthread_attr_t attributes;
     int code;
 
-    sigfillset(&libmilter_mask);
-    for (size_t i = 0; i < Py_ARRAY_LENGTH(faults); i++) {
-        sigdelset(&libmilter_mask, faults[i]);
-    }
+    fill_but_faults(&libmilter_mask);
     ensure_stack();
     prepare_parking(&libmilter_mask);
     prepare_door(&libmilter_mask);
@@ -290,11 +286,17 @@ after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 int
 hook_interpreter(PyObject *module, module_state *state)
 {
-    PyObject *atexit, *os, *function, *hook = NULL, *keywords = NULL, *done = NULL;
+    PyObject *threading, *atexit, *os, *function, *hook = NULL, *keywords = NULL, *done = NULL;
 
     if (state->hooked) {
         return 0;
     }
+    /* Before CPython 3.13, whichever thread imports it first is the main thread for it. */
+    threading = PyImport_ImportModule("threading");
+    if (threading == NULL) {
+        return -1;
+    }
+    Py_DECREF(threading);
     atexit = PyImport_ImportModule("atexit");
     os = atexit == NULL ? NULL : PyImport_ImportModule("os");
     if (os == NULL) {
@@ -336,21 +338,6 @@ warn_of_few_descriptors(void)
     }
 }
 
-/* Was the stop asked for in this process, by stop() or sys.exit()? */
-static bool
-stops_all(module_state *state)
-{
-    PyObject *raised;
-    bool all;
-
-    LOCK_STATE();
-    raised = Py_XNewRef(state->raised);
-    UNLOCK_STATE();
-    all = raised == NULL || PyErr_GivenExceptionMatches(raised, PyExc_SystemExit);
-    Py_XDECREF(raised);
-    return all && !atomic_load(&filter.listener_ended);
-}
-
 /* From opening the doors to an empty house. */
 int
 run_filter(module_state *state)
@@ -366,7 +353,7 @@ run_filter(module_state *state)
     if (started == 0) {
         begin_work();
         wait_until(state, stop_is_wanted, -1);
-        end_work(stops_all(state));
+        end_work();
         drain(state);
     }
     else {
@@ -375,7 +362,9 @@ run_filter(module_state *state)
     return_wakeup_fd();
     release_descriptors();
     atomic_store(&filter.drained, started == 0);
-    give_back_signals();
+    if (!is_worker_process()) { /* which ends now, and may be asked to once more by who asks its group */
+        give_back_signals();
+    }
     filter.phase = started == 0 ? STOPPED : SOCKET_OPEN;
     if (!atomic_load(&filter.forked)) {
         take_put_off_action();

@@ -223,6 +223,105 @@ return_wakeup_fd(void)
     }
 }
 
+/* All signals but those that tell of a fault in the program. */
+void
+fill_but_faults(sigset_t *set)
+{
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
+
+    sigfillset(set);
+    for (size_t i = 0; i < Py_ARRAY_LENGTH(faults); i++) {
+        sigdelset(set, faults[i]);
+    }
+}
+
+/* ------------------------------------------------------ the supervisor's signals
+ *
+ * A handler may raise, and in Python there is no place where it may not.  So the process that
+ * supervises workers holds signals back but while it waits, in here, and every handler that is
+ * due has run when it goes on. */
+
+static sigset_t open_mask;
+static bool held;
+
+/* Run the handlers of all signals that have come.  The first exception counts. */
+static bool
+run_handlers(void)
+{
+    PyObject *first = NULL;
+
+    while (PyErr_CheckSignals() < 0) {
+        PyObject *exception = take_exception();
+        if (first != NULL) {
+            Py_DECREF(exception);
+        }
+        else {
+            first = exception;
+        }
+    }
+    if (first != NULL) {
+        raise_exception(first);
+        return false;
+    }
+    return true;
+}
+
+/* _hold_signals(on): block signals, or put back the mask of before; raises what a handler does. */
+PyObject *
+hold_signals(PyObject *Py_UNUSED(module), PyObject *value)
+{
+    int on = PyObject_IsTrue(value);
+    sigset_t set;
+
+    if (on > 0 && !held) {
+        fill_but_faults(&set);
+        held = pthread_sigmask(SIG_BLOCK, &set, &open_mask) == 0;
+    }
+    else if (on == 0 && held) {
+        held = pthread_sigmask(SIG_SETMASK, &open_mask, NULL) != 0;
+    }
+    return on >= 0 && run_handlers() ? Py_NewRef(Py_None) : NULL;
+}
+
+/* _await(descriptors, timeout): wait, with signals let in, until one of the descriptors can be
+ * read, a signal has come, or for so many milliseconds, where negative without end.  Raises what a
+ * handler does. */
+PyObject *
+await_news(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *descriptors;
+    struct pollfd *wait;
+    sigset_t blocked;
+    Py_ssize_t count;
+    int timeout;
+
+    if (!PyArg_ParseTuple(args, "O!i:_await", &PyList_Type, &descriptors, &timeout)) {
+        return NULL;
+    }
+    count = PyList_GET_SIZE(descriptors);
+    wait = PyMem_New(struct pollfd, (size_t)count);
+    if (wait == NULL) {
+        return PyErr_NoMemory();
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        wait[i] = (struct pollfd){.fd = (int)PyLong_AsLong(PyList_GET_ITEM(descriptors, i)),
+                                  .events = POLLIN};
+    }
+    if (!PyErr_Occurred()) {
+        Py_BEGIN_ALLOW_THREADS
+        if (held) {
+            pthread_sigmask(SIG_SETMASK, &open_mask, &blocked);
+        }
+        (void)poll(wait, (nfds_t)count, timeout);
+        if (held) {
+            pthread_sigmask(SIG_SETMASK, &blocked, NULL);
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(wait);
+    return !PyErr_Occurred() && run_handlers() ? Py_NewRef(Py_None) : NULL;
+}
+
 /* Pass on to the application's descriptor what Python wrote to ours.  The zeros are our own. */
 void
 forward_signals(const char *bytes, ssize_t count)

@@ -35,6 +35,7 @@ typedef struct {
 
 typedef struct {
     atomic_ulong numbers; /* given out by _unique_id() */
+    atomic_int drain_ms;  /* the longest that any process wants */
     int count;
     Worker workers[];
 } Crew;
@@ -373,17 +374,43 @@ begin_work(void)
     tell_supervisor('r');
 }
 
-/* This worker takes no more.  A stop that was asked for, by stop() or sys.exit(), is for all
- * workers; a signal from outside, or a failure, is ours alone. */
-void
-end_work(bool for_all)
+bool
+is_worker_process(void)
 {
-    if (me == NULL || atomic_load(&filter.forked)) {
-        return;
-    }
-    atomic_store(&me->serving, false);
-    if (for_all && !atomic_load(&lifeline_ended) && atomic_load(&filter.signal) == 0) {
+    return me != NULL && !atomic_load(&filter.forked);
+}
+
+/* A stop that is asked for here, by stop() or sys.exit(), is for all workers, though this one may
+ * have been stopped before; a signal from outside, or a failure, is ours alone. */
+void
+ask_all_to_stop(void)
+{
+    static atomic_bool asked;
+
+    if (is_worker_process() && !atomic_exchange(&asked, true)) {
         tell_supervisor('s');
+    }
+}
+
+/* This worker takes no more. */
+void
+end_work(void)
+{
+    if (is_worker_process()) {
+        atomic_store(&me->serving, false);
+    }
+}
+
+/* The supervisor waits for as long as any worker has ever been allowed to drain. */
+void
+share_drain_timeout(void)
+{
+    int wanted = atomic_load(&filter.drain_ms), known;
+
+    if (crew != NULL) {
+        known = atomic_load(&crew->drain_ms);
+        while (known < wanted && !atomic_compare_exchange_weak(&crew->drain_ms, &known, wanted)) {
+        }
     }
 }
 
@@ -476,6 +503,29 @@ become_worker(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* _fork_worker(serve): like os.fork(), but the child calls serve() and ends with the status that
+ * it returns: no frame of the caller goes on there, whatever is raised. */
+PyObject *
+fork_worker(PyObject *Py_UNUSED(module), PyObject *serve)
+{
+    PyObject *os = PyImport_ImportModule("os");
+    PyObject *pid = os == NULL ? NULL : PyObject_CallMethod(os, "fork", NULL);
+    PyObject *status;
+    long code;
+
+    Py_XDECREF(os);
+    if (pid == NULL || PyLong_AsLong(pid) != 0) {
+        return pid;
+    }
+    status = PyObject_CallNoArgs(serve);
+    code = status == NULL ? -1 : PyLong_AsLong(status);
+    if (PyErr_Occurred()) {
+        PyErr_WriteUnraisable(serve);
+        code = 1;
+    }
+    _exit((int)code & 0xFF);
+}
+
 /* _worker_gone(index): in the supervisor, once the worker has ended. */
 PyObject *
 worker_gone(PyObject *Py_UNUSED(module), PyObject *value)
@@ -497,8 +547,10 @@ worker_gone(PyObject *Py_UNUSED(module), PyObject *value)
 PyObject *
 stop_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
+    share_drain_timeout();
     return Py_BuildValue("(Nii)", PyBool_FromLong(atomic_load(&filter.stop_wanted)),
-                         atomic_load(&filter.drain_ms), (int)(CLOSE_SECONDS * 1000));
+                         atomic_load(crew != NULL ? &crew->drain_ms : &filter.drain_ms),
+                         (int)(CLOSE_SECONDS * 1000));
 }
 
 /* _unique_id(): a number that no process of this filter has given out before. */

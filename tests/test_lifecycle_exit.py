@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import milter
 import pytest
 
 from Milter.mta import FilterClosed, Verdict
@@ -180,3 +181,32 @@ def test_a_callback_that_is_left_behind_does_no_harm_after_main(
     assert "Fatal" not in filter_.output
     assert "Traceback" not in filter_.output
     hold.close()
+
+
+LATE = """
+import sys
+import milter
+
+def connect(ctx, *arguments):
+    import threading  # which logging does too, when the first exception is reported
+    return milter.CONTINUE
+
+milter.register("late")
+milter.set_connect_callback(connect)
+milter.setconn(sys.argv[1])
+milter.main()
+import threading
+print("main thread:", threading.main_thread() is threading.current_thread(), flush=True)
+"""
+
+
+def test_a_callback_that_is_the_first_to_import_threading(run_filter):
+    """Before Python 3.13, the thread that does so is the main thread for it, which it waits for."""
+    # Nothing that a site's .pth files load.
+    filter_ = run_filter(
+        source=LATE, options=("-S",), env={"PYTHONPATH": os.path.dirname(milter.__file__)}
+    )
+    with filter_.mta() as mta:
+        mta.connect_info("client.example.com")
+    assert filter_.stop() == 0
+    assert "main thread: True" in filter_.output

@@ -467,6 +467,125 @@ def test_a_signal_while_the_supervisor_looks_is_not_lost(run_filter):
     assert filter_.wait() == 0, filter_.output
 
 
+def test_handlers_that_raise_come_as_often_as_they_like(run_filter, directory):
+    """Not one finds the supervisor, or a message, in the middle of something."""
+    hold = Held(directory, "eom")
+    names = ("TERM", "HUP", "USR1", "USR2")
+    handle = [word for name in names for word in ("--handle", name, "exit")]
+    with contextlib.closing(hold):
+        filter_ = run_filter("k_filter", *handle, "--hold", f"{directory}/eom.fifo")
+        workers_of(filter_, 2)
+        with contextlib.closing(filter_.mta()) as mta:
+            message = Sending(mta)
+            filter_.wait_for("holds in")
+            for number in range(60):
+                filter_.process.send_signal(getattr(signal, f"SIG{names[number % 4]}"))
+                time.sleep(number % 3 / 1000)  # signals of one kind that wait are one
+            wait_until(lambda: len(children(filter_.pid)) == 1, "the idle worker ends")
+            hold.release()
+            assert message.result().accepted
+    assert filter_.wait() == 5, filter_.output
+    assert "failed" not in filter_.output
+
+
+def test_what_a_worker_registered_with_atexit_runs_to_its_end(run_filter):
+    """Its handler has raised before it is told to stop: not while it ends."""
+    filter_ = run_filter("k_filter", "--workers", "4", "--init", "late", "--handle", "TERM", "exit")
+    pids = workers_of(filter_, 4)
+    assert filter_.stop() == 5, filter_.output
+    for pid in pids:
+        assert f"has left: {pid}" in filter_.output
+
+
+def test_a_stop_of_the_whole_group_is_one_stop(run_filter):
+    """A service manager sends its SIGTERM to the workers too, when they may have drained."""
+    filter_ = run_filter("k_filter", "--init", "late")
+    pids = workers_of(filter_, 2)
+    filter_.process.send_signal(signal.SIGTERM)
+    for pid in pids:
+        filter_.wait_for(f"leaves: {pid}")
+        os.kill(pid, signal.SIGTERM)
+    assert filter_.wait() == 0, filter_.output
+    for pid in pids:
+        assert f"has left: {pid}" in filter_.output
+    assert "failed" not in filter_.output
+
+
+def test_a_worker_whose_last_words_are_interrupted_ends(run_filter):
+    filter_ = run_filter("k_filter", "--init", "flush")
+    workers_of(filter_, 2)
+    assert filter_.stop() == 0, filter_.output
+    lines = filter_.output.splitlines()
+    assert [line for line in lines if "finally" in line] == [f"finally in {filter_.pid}"]
+    assert "failed" not in filter_.output
+
+
+def test_a_stop_in_worker_init_stops_all(run_filter):
+    filter_ = run_filter("k_filter", "--init", "stop")
+    assert filter_.wait() == 0, filter_.output
+    assert "failed" not in filter_.output
+
+
+def test_a_stop_in_a_worker_that_drains_alone_stops_all(run_filter):
+    filter_ = run_filter("k_filter")
+    workers_of(filter_, 2)
+    with contextlib.ExitStack() as stack:
+        mtas: dict[str, list[object]] = {}
+        while not any(len(there) == 2 for there in mtas.values()):
+            mta = stack.enter_context(contextlib.closing(filter_.mta()))
+            worker = mta.send(MESSAGE, recipients=RECIPIENTS).message["X-Worker"]
+            mtas.setdefault(worker, []).append(mta)
+        worker, (first, second) = next(item for item in mtas.items() if len(item[1]) == 2)
+        assert first.mail("<a@example.com>").verdict is Verdict.CONTINUE
+        os.kill(int(worker), signal.SIGTERM)
+
+        def drains() -> bool:
+            refused = second.mail("<b@example.com>").verdict is Verdict.TEMPFAIL
+            second.abort()
+            return refused
+
+        wait_until(drains, "the worker takes no more")
+        assert first.rcpt("<stop@example.org>").verdict is Verdict.CONTINUE
+        first.abort()
+    assert filter_.wait() == 0, filter_.output
+
+
+def test_a_worker_may_ask_for_more_time_to_drain(run_filter, directory):
+    hold = Held(directory, "eom")
+    with contextlib.closing(hold):
+        filter_ = run_filter(
+            "k_filter",
+            *("--hold", f"{directory}/eom.fifo", "--init", "drain", "--drain", "0", "--grace", "0"),
+        )
+        workers_of(filter_, 2)
+        with contextlib.closing(filter_.mta()) as mta:
+            message = Sending(mta)
+            filter_.wait_for("holds in")
+            filter_.process.send_signal(signal.SIGTERM)
+            # By the supervisor's own time it would be killed after two seconds.
+            deadline = time.monotonic() + 2.5
+            while time.monotonic() < deadline:
+                assert filter_.process.poll() is None and children(filter_.pid)
+                time.sleep(0.05)
+            hold.release()
+            assert message.result().accepted
+    assert filter_.wait() == 0, filter_.output
+
+
+def test_temporary_directories_of_workers_go_with_them(run_filter, directory):
+    filter_ = run_filter("k_filter", "--init", "temporary", "--directory", str(directory))
+    workers_of(filter_, 2)
+    names = sorted(name.partition("-")[0] for name in os.listdir(directory) if "-" in name)
+    assert names == ["program", "worker", "worker"]
+    victim = children(filter_.pid)[0]
+    os.kill(victim, signal.SIGTERM)
+    filter_.wait_for(f"(pid {victim}) ended with status 0; a new one is started now")
+    assert any(name.startswith("program-") for name in os.listdir(directory))
+    workers_of(filter_, 2)
+    assert filter_.stop() == 0, filter_.output
+    assert not [name for name in os.listdir(directory) if "-" in name]
+
+
 def test_a_worker_that_does_not_end_is_killed_and_reported(run_filter):
     filter_ = run_filter("k_filter", "--init", "hang", "--drain", "0")
     filter_.wait_for("init in", 2)

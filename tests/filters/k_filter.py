@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib
+import io
 import logging
 import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 
@@ -49,11 +51,18 @@ class Telling(Milter.Base):
                     say("child:", exc)
                 return Milter.CONTINUE
             os.waitpid(child, 0)
+        if sender == "<begin@example.com>":
+            say("begins in", os.getpid())
         if sender == "<linger@example.com>":
             child = os.fork()
             if child == 0:
                 say("lingers:", os.getpid())
                 signal.pause()
+        return Milter.CONTINUE
+
+    def envrcpt(self, recipient: str, *params: str) -> int:
+        if recipient == "<stop@example.org>":
+            Milter.stop()
         return Milter.CONTINUE
 
     def eom(self) -> int:
@@ -70,11 +79,37 @@ class Telling(Milter.Base):
         return Milter.CONTINUE
 
 
+class Unflushed(io.StringIO):
+    """What a signal's handler may do to a worker as it ends."""
+
+    def flush(self) -> None:
+        raise KeyboardInterrupt
+
+
+kept: list[object] = []
+
+
 def init(how: str) -> None:
     if how == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # before the test can send it
     say("init in", os.getpid(), milter.getdiag()[0])
     atexit.register(say, "exit of", os.getpid())
+    if how == "late":
+
+        def leave() -> None:
+            say("leaves:", os.getpid())
+            time.sleep(0.3)
+            say("has left:", os.getpid())
+
+        atexit.register(leave)
+    if how == "flush":
+        sys.stdout = Unflushed()
+    if how == "stop":
+        Milter.stop()
+    if how == "drain":
+        Milter.set_drain_timeout(60)
+    if how == "temporary":
+        kept.append(tempfile.TemporaryDirectory(prefix="worker-", dir=Telling.options.directory))
     if how == "raise":
         raise RuntimeError("no database")
     if how == "exit":
@@ -130,6 +165,8 @@ def main() -> None:
     parser.add_argument("--end-in-the-middle", action="store_true")
     parser.add_argument("--pin", action="store_true")
     parser.add_argument("--uid", type=int)
+    parser.add_argument("--grace", type=float)
+    parser.add_argument("--directory")
     options = parser.parse_args()
     if options.uid:
         # That user may not be able to read what is imported later.
@@ -137,6 +174,10 @@ def main() -> None:
             importlib.import_module(f"Milter.{name}")
         os.setgid(options.uid)
         os.setuid(options.uid)
+    if options.grace is not None:
+        importlib.import_module("Milter._workers").GRACE = options.grace
+    if options.directory:
+        kept.append(tempfile.TemporaryDirectory(prefix="program-", dir=options.directory))
     logging.basicConfig(level="INFO", format="%(process)d %(name)s %(levelname)s %(message)s")
     for name, action in options.handle:
         handle(name, action)
