@@ -362,7 +362,8 @@ run_filter(module_state *state)
     return_wakeup_fd();
     release_descriptors();
     atomic_store(&filter.drained, started == 0);
-    if (!is_worker_process()) { /* which ends now, and may be asked to once more by who asks its group */
+    /* A worker process ends now; who stops its whole group may send it one more until then. */
+    if (!is_worker_process()) {
         give_back_signals();
     }
     filter.phase = started == 0 ? STOPPED : SOCKET_OPEN;
