@@ -553,7 +553,7 @@ def parse_header(val: str) -> str:
             out.append(_unfold(gap))
         if words and words[-1].charset == word.charset:
             # One character's bytes may be spread over two words.
-            words[-1].pieces += word.pieces
+            words[-1].data += word.data
         else:
             words.append(word)
         done = look
@@ -563,11 +563,11 @@ def parse_header(val: str) -> str:
 
 
 class _Word:
-    """The bytes of an encoded word, or of several in a row, and the codec they are in."""
+    """The bytes of an encoded word and the codec they are in."""
 
     def __init__(self, charset: str, data: bytes) -> None:
         self.charset = charset
-        self.pieces = [data]  # joined once, since a sender may write any number of words
+        self.data = data
 
     @classmethod
     def decoded(cls, charset: str, encoding: str, text: str) -> _Word | None:
@@ -588,7 +588,7 @@ class _Word:
         return cls(codec or "utf-8", data)
 
     def __str__(self) -> str:
-        text = b"".join(self.pieces).decode(self.charset, "replace")
+        text = self.data.decode(self.charset, "replace")
         return re.sub("[\ud800-\udfff]", "\ufffd", re.sub(r"[\r\n\0]+", " ", text))
 
 
