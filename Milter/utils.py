@@ -300,7 +300,7 @@ def iniplist(ipaddr: str, iplist: Iterable[str]) -> bool:
     False
     """
     if not (ip4re.match(ipaddr) or ip6re.match(ipaddr)):
-        raise ValueError(f"Invalid ip syntax:{ipaddr}")
+        raise ValueError(f"Invalid ip syntax:{ipaddr!r}")
     return _compile(iplist).cover(ipaddr)
 
 
