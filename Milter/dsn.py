@@ -103,11 +103,12 @@ def send_dsn(
     """
     recipients = [mailfrom] if isinstance(mailfrom, str) else list(mailfrom)
     domain = _common_domain(recipients)
+    shown = _one_line(domain)
     if ourfrom.strip("<>"):
         _check_address(ourfrom, "ourfrom")
     delivery = _Delivery(recipients, receiver, msg, ourfrom)
     deadline = time.monotonic() + timeout
-    failure: Result = (450, f"no mail server of {domain} answers")
+    failure: Result = (450, f"no mail server of {shown} answers")
     try:
         for host, address in _servers(domain, session or Session(), deadline):
             try:
@@ -128,9 +129,9 @@ def send_dsn(
     except DNSError as exc:
         return 450, f"DNS trouble: {_one_line(str(exc))}"
     except TimeoutError:
-        return 450, f"mail servers of {domain}: out of time after {timeout:g} s"
+        return 450, f"mail servers of {shown}: out of time after {timeout:g} s"
     except _NullMX:
-        return 556, f"5.1.10 {domain} accepts no mail (null MX)"
+        return 556, f"5.1.10 {shown} accepts no mail (null MX)"
     return failure
 
 
@@ -165,14 +166,28 @@ def _remaining(deadline: float) -> float:
 def _check_address(address: str, argument: str) -> None:
     """Refuse what could not be sent between angle brackets."""
     bare = address[1:-1] if address.startswith("<") and address.endswith(">") else address
-    if not bare or re.search(
-        r"[\x00-\x20\x7f<>]", re.sub(r'"(?:[^"\\\r\n\0]|\\[^\r\n\0])*"', "", bare)
-    ):
+    # IDNA has other forms of the characters that end an address, a wide ">" for example, and
+    # turns them into those: what is sent counts as much as what was given.
+    if not all(map(_can_be_sent, (bare, _path(address)[1:-1]))):
         raise ValueError(f"{argument}: {address!r} must be an e-mail address")
     try:
         bare.encode()
     except UnicodeEncodeError as exc:
         raise ValueError(f"{argument}: {address!r} must be ASCII or valid Unicode") from exc
+
+
+def _can_be_sent(bare: str) -> bool:
+    """Whether an address ends where its last character is, for every server.
+
+    Control characters are not allowed in quotes either (RFC 5321 section 4.1.2), and a domain has
+    no quotes.
+    """
+    unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', '"', bare)
+    _, at, domain = unquoted.rpartition("@")
+    if at and '"' in domain:
+        return False
+    controls = re.search(r"[\x00-\x1f\x7f-\x9f]", bare)
+    return bool(bare) and not controls and not re.search("[ <>]", unquoted)
 
 
 def _common_domain(addresses: Sequence[str]) -> str:
@@ -183,7 +198,7 @@ def _common_domain(addresses: Sequence[str]) -> str:
     for address in addresses:
         _check_address(address, "mailfrom")
         parts = parse_addr(address)
-        if len(parts) < 2 or not parts[1]:
+        if len(parts) < 2 or not parts[1] or '"' in parts[1]:
             raise ValueError(f"mailfrom: {address!r} must have a domain")
         domains.add(_ascii_domain(parts[1]).lower())
     if len(domains) > 1:

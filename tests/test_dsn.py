@@ -417,6 +417,26 @@ def test_null_mx() -> None:
     assert reply == (556, "5.1.10 b.test accepts no mail (null MX)")
 
 
+def test_a_domain_in_a_reply_is_printable() -> None:
+    """The text of a reply goes where those of servers go: into logs and on terminals."""
+    for domain in ("b\u202e.test", "b\u2028.test", "b\u200b\u2066.test"):
+        address = f"joe@{domain}"
+        replies = [
+            send_dsn(address, "me.test", None, 10, Zone()),
+            send_dsn(address, "me.test", None, 0, Zone()),
+            send_dsn(address, "me.test", None, 10, Nowhere()),
+        ]
+        assert [reply[0] for reply in replies if isinstance(reply, tuple)] == [450, 450, 556]
+        assert all(reply[1].isprintable() for reply in replies if isinstance(reply, tuple))
+
+
+class Nowhere:
+    """A DNS session that knows of a null MX everywhere."""
+
+    def dns(self, name: str, qtype: str) -> Any:
+        return [(0, ".")] if qtype == "MX" else []
+
+
 def test_dns_trouble() -> None:
     zone = Zone({("b.test", "MX"): DNSError("MX b.test:\n no answer")})
     reply = send_dsn("joe@b.test", "me.test", None, 10, zone)
@@ -460,6 +480,17 @@ def test_with_a_real_session(port: Any) -> None:
         ("joe@a.test> NOTIFY=NEVER", "e-mail address"),
         ('"joe\r\n"@a.test', "e-mail address"),
         ("joe@a.test\0", "e-mail address"),
+        ("joe@a.test\x9b", "e-mail address"),
+        ("jo\x85e@a.test", "e-mail address"),
+        ('"joe\x1b[2J"@a.test', "e-mail address"),
+        ('joe@"\x1b[2J"', "e-mail address"),
+        ('joe@"> NOTIFY=NEVER"', "e-mail address"),
+        ('"joe@b.test"a.test', "domain"),
+        # These become ">" and a space in IDNA.
+        ("joe@x\uff1e\u3000NOTIFY=NEVER.a.test", "e-mail address"),
+        ("joe@x\uff1e.a.test", "e-mail address"),
+        ("joe@x\u3000y.a.test", "e-mail address"),
+        ('joe@"\uff1e\u3000NOTIFY=NEVER"', "e-mail address"),
         ("jo\udce9@a.test", "Unicode"),
         (["joe@a.test", "joe@b.test"], "one domain"),
     ],
@@ -470,8 +501,9 @@ def test_bad_addresses_are_errors(mailfrom: Any, why: str) -> None:
 
 
 def test_a_bad_sender_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ourfrom"):
-        send_dsn("joe@a.test", "me.test", session=Zone(), ourfrom="x@y\r\nRSET")
+    for sender in ("x@y\r\nRSET", "x@y\uff1e\u3000NOTIFY=NEVER", 'x@"> y"'):
+        with pytest.raises(ValueError, match="ourfrom"):
+            send_dsn("joe@a.test", "me.test", session=Zone(), ourfrom=sender)
 
 
 @pytest.mark.parametrize("local", ['"joe smith"', "a'b", '"a>b"'])
