@@ -49,7 +49,8 @@ class Zone:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make send_dsn use a server's port."""
+    """Make send_dsn use a server's port, on loopback too."""
+    monkeypatch.setattr(dsn, "AVOID", ())
 
     def use(server: Any) -> None:
         monkeypatch.setattr(dsn, "PORT", server.port)
@@ -410,6 +411,82 @@ def test_nobody_listens(port: Any) -> None:
     assert reply == (450, "no mail server of a.test answers")
     reply = send_dsn("joe@[127.0.0.1]", "me.test", None, 10, Zone())
     assert reply == (450, "no mail server of [127.0.0.1] answers")
+
+
+MAPPED = bytes(10) + b"\xff\xff\x7f\0\0\1"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        {("b.test", "A"): ["127.0.0.1"]},
+        {("b.test", "A"): ["0.0.0.0"]},
+        {("b.test", "A"): ["127.1"]},
+        {("b.test", "A"): ["localhost"]},
+        {("b.test", "AAAA"): [bytes(15) + b"\1"]},
+        {("b.test", "AAAA"): [bytes(16)]},
+        {("b.test", "AAAA"): [MAPPED]},
+        {("b.test", "AAAA"): [b"\xfe\x80" + bytes(13) + b"\1"]},
+        {("b.test", "AAAA"): [b"\xff\x02" + bytes(13) + b"\1"]},
+        {("b.test", "MX"): [(1, "127.0.0.1")]},
+        {("b.test", "MX"): [(1, "localhost")]},
+        {("b.test", "MX"): [(1, "mx.test"), (2, "x.test")], ("x.test", "A"): ["169.254.169.254"]},
+    ],
+)
+def test_a_stranger_leads_nowhere_on_this_host(
+    monkeypatch: pytest.MonkeyPatch, records: dict[tuple[str, str], Any]
+) -> None:
+    monkeypatch.setattr(dsn._Delivery, "attempt", lambda *args: pytest.fail(f"connects: {args}"))
+    monkeypatch.setattr(dsn, "_system_lookup", lambda host: ["127.0.0.1", "::1"])
+    reply = send_dsn("joe@b.test", "me.test", MESSAGE, 10, Zone(records))
+    assert reply == (553, "5.4.4 no mail server of b.test has an address to connect to")
+
+
+@pytest.mark.parametrize(
+    "domain", ["[127.0.0.1]", "127.0.0.1", "[IPv6:::1]", "[IPv6:fe80::1%lo]", "[224.0.0.1]"]
+)
+def test_nor_does_an_address_for_a_domain(monkeypatch: pytest.MonkeyPatch, domain: str) -> None:
+    monkeypatch.setattr(dsn._Delivery, "attempt", lambda *args: pytest.fail(f"connects: {args}"))
+    reply = send_dsn(f"joe@{domain}", "me.test", None, 10, Zone())
+    assert isinstance(reply, tuple)
+    assert reply[0] == 553
+
+
+def test_addresses_that_are_avoided_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def attempt(_self: Any, _host: str, address: str, _deadline: float) -> Any:
+        tried.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(dsn._Delivery, "attempt", attempt)
+    zone = Zone(
+        {
+            ("b.test", "MX"): [(1, "mx.test"), (2, "x.test")],
+            ("x.test", "A"): ["127.0.0.1", "192.0.2.1", "10.0.0.1"],
+        }
+    )
+    temporary = (450, "no mail server of b.test answers")
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone) == temporary
+    assert tried == ["192.0.2.1", "10.0.0.1"]
+    tried.clear()
+    private = [*dsn.AVOID, "10.0.0.0/8"]
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone, avoid=private) == temporary
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone, avoid=iter(private)) == temporary
+    assert tried == ["192.0.2.1"] * 2
+    tried.clear()
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone, avoid="192.0.2.*") == temporary
+    assert tried == ["127.0.0.1", "127.0.0.1", "10.0.0.1"]
+    # There may be others, whose addresses could not be found.
+    zone.table["x.test", "A"] = DNSError("no answer")
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone) == temporary
+
+
+def test_a_relay_on_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({}) as server:
+        monkeypatch.setattr(dsn, "PORT", server.port)
+        assert send_dsn("joe@a.test", "me.test", MESSAGE, 10, Zone(), avoid=()) is None
+    assert len(server.messages) == 1
 
 
 def test_null_mx() -> None:
