@@ -43,6 +43,10 @@ class AddrCache:
     to, and read by ``load`` only.  Objects may be used by many threads, and one file by many
     processes.
 
+    A key without ``@`` is a domain, whoever chose it: after ``MAIL FROM:<example.com>``, which some
+    MTAs pass on, ``cache[sender] = None`` would blacklist all of example.com, in the file too.  So
+    store the results of senders only for those that are addresses, ``if "@" in sender:``.
+
     At *max_entries* in memory a quarter of them is forgotten, the oldest first; entries that are
     there for good do not count, and lines of the file stay.
 

@@ -70,6 +70,18 @@ def test_fallback_to_the_domain():
         cache["x@"]
 
 
+def test_a_sender_without_a_domain_is_one(path):
+    """What the class warns of, and that what it advises helps."""
+    cache = AddrCache(fname=path)
+    for sender in ("example.com", "user@example.org"):
+        if "@" in sender:
+            cache[sender] = None
+    assert "anyone@example.com" not in cache
+    assert "anyone@example.org" not in cache
+    cache["example.com"] = None
+    assert "anyone@example.com" in cache
+
+
 @pytest.mark.parametrize("nothing", ["", None])
 def test_no_sender_is_no_key(nothing):
     cache = AddrCache()
