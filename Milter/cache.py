@@ -178,7 +178,9 @@ class AddrCache:
     def _lookup(self, sender: str) -> _Entry | None:
         entry = self._find(sender)
         if entry is None and sender and "@" in sender:
-            entry = self._find(sender.rpartition("@")[2])
+            domain = sender.rpartition("@")[2]
+            # The same domain, as a sender may write it so that it is not found.
+            entry = self._find(domain[:-1] if domain.endswith(".") else domain)
         return entry
 
     def _find(self, key: str) -> _Entry | None:
