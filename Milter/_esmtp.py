@@ -60,6 +60,11 @@ def dictfromlist(args: Iterable[Text]) -> dict[str, Any]:
 def envcallback(c: Callable[..., T], args: Sequence[Text]) -> T:
     """Call a function with an envelope address and its ESMTP parameters as keywords.
 
+    The client chooses the names, as far as the MTA lets them pass. One that ``c`` does not take,
+    or that is the name of a parameter which already has its value by position, is a TypeError, as
+    in any call. A function with ``**keywords`` whose other parameters are by position only
+    (``/``) can be called with all of them.
+
     Args:
         c: called as ``c(address, *others, NAME=VALUE, …)``, where ``others`` are the
             parameters without a value. Names are passed as the client spelled them.
@@ -69,7 +74,7 @@ def envcallback(c: Callable[..., T], args: Sequence[Text]) -> T:
     Returns:
         What ``c`` returns.
 
-    >>> envcallback(lambda f, *flags, **kw: (f, flags, kw), ["<a@b>", "SIZE=9", "SMTPUTF8"])
+    >>> envcallback(lambda f, /, *flags, **kw: (f, flags, kw), ["<a@b>", "SIZE=9", "SMTPUTF8"])
     ('<a@b>', ('SMTPUTF8',), {'SIZE': '9'})
     """
     keywords: dict[str, Text] = {}

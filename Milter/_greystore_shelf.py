@@ -108,8 +108,14 @@ def _convert(path: str, folder: int) -> None:
     new = os.path.join(_directory(path), f".{os.path.basename(path)}.new")
     try:
         _remove(new)
-        count = _copy(path, new)
-        _copy_permissions(old_files[0], new)
+        # Others may be able to make files here, a link of this name for one: SQLite, chown and
+        # chmod would follow it.  Nobody else reads the file before it has the old one's mode.
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            count = _copy(path, new)
+            _copy_permissions(old_files[0], fd)
+        finally:
+            os.close(fd)
         for name in old_files:
             _remove(name + ".old")
             os.link(name, name + ".old")
@@ -148,11 +154,11 @@ def _copy(path: str, target: str) -> int:
         reader.close()
 
 
-def _copy_permissions(source: str, target: str) -> None:
+def _copy_permissions(source: str, target: int) -> None:
     info = os.stat(source)
     with contextlib.suppress(PermissionError):
-        os.chown(target, info.st_uid, info.st_gid)
-    os.chmod(target, stat.S_IMODE(info.st_mode))
+        os.fchown(target, info.st_uid, info.st_gid)
+    os.fchmod(target, stat.S_IMODE(info.st_mode))
 
 
 def _directory(path: str) -> str:

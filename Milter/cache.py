@@ -43,6 +43,10 @@ class AddrCache:
     to, and read by ``load`` only.  Objects may be used by many threads, and one file by many
     processes.
 
+    A key without ``@`` is a domain, whoever chose it: after ``MAIL FROM:<example.com>``, which some
+    MTAs pass on, ``cache[sender] = None`` would blacklist all of example.com, in the file too.  So
+    store the results of senders only for those that are addresses, ``if "@" in sender:``.
+
     At *max_entries* in memory a quarter of them is forgotten, the oldest first; entries that are
     there for good do not count, and lines of the file stay.
 
@@ -174,7 +178,9 @@ class AddrCache:
     def _lookup(self, sender: str) -> _Entry | None:
         entry = self._find(sender)
         if entry is None and sender and "@" in sender:
-            entry = self._find(sender.rpartition("@")[2])
+            domain = sender.rpartition("@")[2]
+            # The same domain, as a sender may write it so that it is not found.
+            entry = self._find(domain[:-1] if domain.endswith(".") else domain)
         return entry
 
     def _find(self, key: str) -> _Entry | None:

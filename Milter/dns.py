@@ -79,7 +79,7 @@ def DNSLookup(
     except dns.resolver.NXDOMAIN:
         return []
     except (dns.exception.DNSException, OSError) as exc:
-        raise DNSError(f"{qtype} {name}: {exc}") from exc
+        raise DNSError(f"{qtype} {name!r}: {exc}") from exc
     return [
         ((_host(rrset.name), dns.rdatatype.to_text(rrset.rdtype)), _data(rdata))
         for section in (answer.response.answer, answer.response.additional)
@@ -267,9 +267,11 @@ class Session:
                 return self.dns(end, qtype, chain[:-1], max(deadline - time.monotonic(), 0))
             end = str(alias[0]).lower().rstrip(".")
             if end in chain:
-                raise DNSError(f"{qtype} {chain[0]}: the CNAME of {chain[-1]} leads back to {end}")
+                raise DNSError(
+                    f"{qtype} {chain[0]!r}: the CNAME of {chain[-1]!r} leads back to {end!r}"
+                )
             if len(chain) > MAX_CNAME:
-                raise DNSError(f"{qtype} {chain[0]}: more than {MAX_CNAME} CNAMEs in a row")
+                raise DNSError(f"{qtype} {chain[0]!r}: more than {MAX_CNAME} CNAMEs in a row")
             chain.append(end)
         return answer
 

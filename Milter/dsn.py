@@ -31,7 +31,7 @@ from email.header import Header
 from typing import Any, Callable, Protocol, Union
 
 from Milter.dns import DNSError, Session
-from Milter.utils import dnsre, parse_addr
+from Milter.utils import dnsre, iniplist, ip4re, ip6re, parse_addr
 
 __all__ = ["create_msg", "send_dsn"]
 
@@ -47,6 +47,21 @@ QUIT_TIMEOUT = 5.0
 #: The most bytes that one reply may have, all its lines together. RFC 5321 section 4.5.3.1.5
 #: allows 512 a line, and no server sends a hundred of them.
 MAX_REPLY = 65536
+
+#: Where no mail server of a stranger can be, as patterns of :func:`Milter.utils.iniplist`: this
+#: host, the local link, multicast, and what is reserved. Whoever has a domain says which addresses
+#: its servers have, and could have services of this host talked to. Private networks
+#: (``10.0.0.0/8``, ``fc00::/7``…) are not here, since domains inside a site have their servers
+#: there; a site that has none may add them.
+AVOID: Sequence[str] = (
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "224.0.0.0/3",
+    "::/96",
+    "fe80::/10",
+    "ff00::/8",
+)
 
 #: An SMTP reply: code, and text on one line.
 Reply = tuple[int, str]
@@ -71,6 +86,8 @@ def send_dsn(
     timeout: float = 600,
     session: Resolver | None = None,
     ourfrom: str = "",
+    *,
+    avoid: Iterable[str] | None = None,
 ) -> Result:
     """Send a message to an envelope sender, or ask its server whether it would be accepted.
 
@@ -92,24 +109,31 @@ def send_dsn(
         default
     :param ourfrom: the envelope sender, null by default; where a message's null sender
         is refused, ``postmaster@receiver`` is tried
+    :param avoid: addresses never connected to, as patterns of :func:`Milter.utils.iniplist`;
+        ``Milter.dsn.AVOID`` by default: this host, its link, multicast and what is reserved, to
+        which a stranger's domain may lead as well as to anywhere else. ``()`` allows them, for a
+        *session* that leads to a relay on this host, and for tests; private networks may be added
     :returns: None where all was accepted; ``(code, text)`` for a refusal; for a
         list of addresses, those refused at RCPT as a dict ``{address: (code, text)}`` (the
         message went to the others). 450 stands for trouble with DNS, no server that
         answers (or whose reply never ends), and out of time; 553 for a server that greets
-        with our name or none; 556 for a domain that takes no mail (RFC 7505)
+        with our name or none, and for a domain all of whose servers are in *avoid*; 556 for
+        a domain that takes no mail (RFC 7505)
     :raises ValueError: an address is empty, has no domain or cannot be sent in a command;
         domains differ
     :raises ImportError: *session* is needed and dnspython is not installed
     """
     recipients = [mailfrom] if isinstance(mailfrom, str) else list(mailfrom)
     domain = _common_domain(recipients)
+    shown = _one_line(domain)
     if ourfrom.strip("<>"):
         _check_address(ourfrom, "ourfrom")
     delivery = _Delivery(recipients, receiver, msg, ourfrom)
+    avoided = AVOID if avoid is None else [avoid] if isinstance(avoid, str) else list(avoid)
     deadline = time.monotonic() + timeout
-    failure: Result = (450, f"no mail server of {domain} answers")
+    failure: Result = (450, f"no mail server of {shown} answers")
     try:
-        for host, address in _servers(domain, session or Session(), deadline):
+        for host, address in _servers(domain, session or Session(), deadline, avoided):
             try:
                 refused = delivery.attempt(host, address, deadline)
             except _Refused as exc:
@@ -128,9 +152,11 @@ def send_dsn(
     except DNSError as exc:
         return 450, f"DNS trouble: {_one_line(str(exc))}"
     except TimeoutError:
-        return 450, f"mail servers of {domain}: out of time after {timeout:g} s"
+        return 450, f"mail servers of {shown}: out of time after {timeout:g} s"
+    except _AllAvoided:
+        return 553, f"5.4.4 no mail server of {shown} has an address to connect to"
     except _NullMX:
-        return 556, f"5.1.10 {domain} accepts no mail (null MX)"
+        return 556, f"5.1.10 {shown} accepts no mail (null MX)"
     return failure
 
 
@@ -151,6 +177,10 @@ class _NullMX(Exception):
     """The domain declares that it accepts no mail (RFC 7505)."""
 
 
+class _AllAvoided(Exception):
+    """The domain's servers are all where none is connected to."""
+
+
 def _remaining(deadline: float) -> float:
     """Return the seconds left.
 
@@ -165,14 +195,28 @@ def _remaining(deadline: float) -> float:
 def _check_address(address: str, argument: str) -> None:
     """Refuse what could not be sent between angle brackets."""
     bare = address[1:-1] if address.startswith("<") and address.endswith(">") else address
-    if not bare or re.search(
-        r"[\x00-\x20\x7f<>]", re.sub(r'"(?:[^"\\\r\n\0]|\\[^\r\n\0])*"', "", bare)
-    ):
+    # IDNA has other forms of the characters that end an address, a wide ">" for example, and
+    # turns them into those: what is sent counts as much as what was given.
+    if not all(map(_can_be_sent, (bare, _path(address)[1:-1]))):
         raise ValueError(f"{argument}: {address!r} must be an e-mail address")
     try:
         bare.encode()
     except UnicodeEncodeError as exc:
         raise ValueError(f"{argument}: {address!r} must be ASCII or valid Unicode") from exc
+
+
+def _can_be_sent(bare: str) -> bool:
+    """Whether an address ends where its last character is, for every server.
+
+    Control characters are not allowed in quotes either (RFC 5321 section 4.1.2), and a domain has
+    no quotes.
+    """
+    unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', '"', bare)
+    _, at, domain = unquoted.rpartition("@")
+    if at and '"' in domain:
+        return False
+    controls = re.search(r"[\x00-\x1f\x7f-\x9f]", bare)
+    return bool(bare) and not controls and not re.search("[ <>]", unquoted)
 
 
 def _common_domain(addresses: Sequence[str]) -> str:
@@ -183,7 +227,7 @@ def _common_domain(addresses: Sequence[str]) -> str:
     for address in addresses:
         _check_address(address, "mailfrom")
         parts = parse_addr(address)
-        if len(parts) < 2 or not parts[1]:
+        if len(parts) < 2 or not parts[1] or '"' in parts[1]:
             raise ValueError(f"mailfrom: {address!r} must have a domain")
         domains.add(_ascii_domain(parts[1]).lower())
     if len(domains) > 1:
@@ -201,25 +245,50 @@ def _ascii_domain(domain: str) -> str:
         return domain
 
 
-def _servers(domain: str, session: Resolver, deadline: float) -> Iterator[tuple[str, str]]:
-    """Find the mail servers of a domain: host name and IP address, the preferred ones first."""
-    literal = _address_literal(domain)
-    if literal:
-        yield domain, literal
-        return
+def _servers(
+    domain: str, session: Resolver, deadline: float, avoid: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Find the mail servers of a domain: host name and IP address, the preferred ones first.
+
+    :raises _AllAvoided: there are servers, and all of them in *avoid*
+    """
+    usable = avoided = unknown = False
+    for host in _exchanges(domain, session, deadline):
+        try:
+            addresses = _addresses(host, session, deadline)
+        except DNSError:
+            unknown = True
+            continue  # the others may still be found
+        for address in addresses:
+            if _covers(avoid, address):
+                avoided = True
+            else:
+                usable = True
+                yield host, address
+    if avoided and not usable and not unknown:
+        raise _AllAvoided
+
+
+def _exchanges(domain: str, session: Resolver, deadline: float) -> list[str]:
+    """Return the hosts that take a domain's mail, the preferred ones first."""
+    if _address_literal(domain):
+        return [domain]
     exchanges = _ask(session, domain, "MX", deadline)
     hosts = [(preference, str(host).rstrip(".")) for preference, host in exchanges]
     if hosts and not any(host for _, host in hosts):
         raise _NullMX
     random.shuffle(hosts)  # equal preferences share the load
     hosts.sort(key=lambda mx: mx[0])
-    for host in [host for _, host in hosts if host] or [domain]:
-        try:
-            addresses = _addresses(host, session, deadline)
-        except DNSError:
-            continue  # the others may still be found
-        for address in addresses:
-            yield host, address
+    return [host for _, host in hosts if host] or [domain]
+
+
+def _covers(avoid: Sequence[str], address: str) -> bool:
+    """Whether an address is to be avoided; so is what is none, as nobody knows where it leads."""
+    if not avoid:
+        return False
+    address = address.partition("%")[0]
+    known = ip4re.match(address) or ip6re.match(address)
+    return not known or iniplist(address, avoid)
 
 
 def _address_literal(domain: str) -> str | None:

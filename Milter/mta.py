@@ -1072,7 +1072,8 @@ class Message:
         folds.  The first line that is neither a header nor a fold begins the body,
         as does an empty one.  An mbox ``From`` line at the very top is dropped.
         """
-        headers: list[bytes] = []
+        # The lines of each header, joined once: there may be any number of folds.
+        headers: list[list[bytes]] = []
         start = 0
         for line, end in _lines(data):
             text = line.rstrip(b"\n").rstrip(b"\r")
@@ -1080,15 +1081,16 @@ class Message:
                 start = end
                 continue
             if text[:1] in (b" ", b"\t") and headers:
-                headers[-1] += b"\n" + text
+                headers[-1].append(text)
             elif _HEADER_LINE.fullmatch(text):
-                headers.append(text)
+                headers.append([text])
             else:
                 if not text:
                     start = end
                 break
             start = end
-        return cls([_split_header(header) for header in headers], _crlf(data[start:]))
+        fields = [_split_header(b"\n".join(lines)) for lines in headers]
+        return cls(fields, _crlf(data[start:]))
 
     def as_bytes(self, eol: bytes = b"\r\n") -> bytes:
         """The whole message with *eol* at each line's end (folds and body included)."""

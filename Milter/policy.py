@@ -61,6 +61,9 @@ class MTAPolicy:
         self.sender = (sender or "").strip()
         if self.sender.startswith("<") and self.sender.endswith(">"):
             self.sender = self.sender[1:-1]
+        # The same domain, as a sender may write it to be found under none of its entries.
+        if "@" in self.sender and self.sender.endswith("."):
+            self.sender = self.sender[:-1]
         self.domain = self.sender.rpartition("@")[2].lower()
         self.access_file = conf.access_file if access_file is None else access_file
         self.use_nulls = bool(getattr(conf, "access_file_nulls", False))

@@ -247,7 +247,9 @@ def _split_message(data: bytes) -> tuple[_StoredMessage, list[tuple[bytes, bytes
     stored = _StoredMessage()
     if data.partition(b"\n")[0].endswith(b"\r"):
         stored.eol = b"\r\n"
-    fields: list[tuple[bytes, bytes]] = []
+    # Of each header its name, its lines after the colon, and where it begins.
+    found: list[tuple[bytes, list[bytes], int]] = []
+    body = len(data)
     at = 0
     while at < len(data):
         end = data.find(b"\n", at) + 1 or len(data)
@@ -256,19 +258,22 @@ def _split_message(data: bytes) -> tuple[_StoredMessage, list[tuple[bytes, bytes
         line = line[:-1] if line.endswith(b"\r") else line
         if not line:
             stored.separator = whole
-            return stored, fields, data[end:]
-        if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] = fields[-1][0], fields[-1][1] + b"\n" + line
-            stored.fields[-1] = fields[-1][0], stored.fields[-1][1] + whole
+            body = end
+            break
+        if line[:1] in (b" ", b"\t") and found:
+            found[-1][1].append(line)
         else:
             name, colon, raw = line.partition(b":")
             name = name.rstrip(b" \t")
             if not colon or not _rules.is_header_name(name):
+                body = at
                 break
-            fields.append((name, raw))
-            stored.fields.append((name, whole))
+            found.append((name, [raw], at))
         at = end
-    return stored, fields, data[at:]
+    ends = [begin for _, _, begin in found[1:]] + [at]
+    stored.fields = [(name, data[begin:end]) for (name, _, begin), end in zip(found, ends)]
+    fields = [(name, b"\n".join(lines)) for name, lines, _ in found]
+    return stored, fields, data[body:]
 
 
 class TestCtx:

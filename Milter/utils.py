@@ -302,7 +302,7 @@ def iniplist(ipaddr: str, iplist: Iterable[str]) -> bool:
     False
     """
     if not (ip4re.match(ipaddr) or ip6re.match(ipaddr)):
-        raise ValueError(f"Invalid ip syntax:{ipaddr}")
+        raise ValueError(f"Invalid ip syntax:{ipaddr!r}")
     return _compile(iplist).cover(ipaddr)
 
 
@@ -553,7 +553,7 @@ def parse_header(val: str) -> str:
             out.append(_unfold(gap))
         if words and words[-1].charset == word.charset:
             # One character's bytes may be spread over two words.
-            words[-1].data += word.data
+            words[-1].pieces += word.pieces
         else:
             words.append(word)
         done = look
@@ -563,11 +563,11 @@ def parse_header(val: str) -> str:
 
 
 class _Word:
-    """The bytes of an encoded word and the codec they are in."""
+    """The bytes of an encoded word, or of several in a row, and the codec they are in."""
 
     def __init__(self, charset: str, data: bytes) -> None:
         self.charset = charset
-        self.data = data
+        self.pieces = [data]  # joined once, since a sender may write any number of words
 
     @classmethod
     def decoded(cls, charset: str, encoding: str, text: str) -> _Word | None:
@@ -588,7 +588,7 @@ class _Word:
         return cls(codec or "utf-8", data)
 
     def __str__(self) -> str:
-        text = self.data.decode(self.charset, "replace")
+        text = b"".join(self.pieces).decode(self.charset, "replace")
         return re.sub("[\ud800-\udfff]", "\ufffd", re.sub(r"[\r\n\0]+", " ", text))
 
 

@@ -62,12 +62,27 @@ def test_fallback_to_the_domain():
     assert cache["user@example.com"] == "user"
     assert cache["other@EXAMPLE.com"] == "domain"
     assert cache['"a@b"@example.com'] == "domain"
+    assert cache["other@example.com."] == "domain"
     assert cache.has_key("other@example.com")
     assert not cache.has_precise_key("other@example.com")
     assert cache.has_precise_key("user@example.com")
     assert "user@sub.example.com" not in cache
     with pytest.raises(KeyError):
         cache["x@"]
+    with pytest.raises(KeyError):
+        cache["x@."]
+
+
+def test_a_sender_without_a_domain_is_one(path):
+    """What the class warns of, and that what it advises helps."""
+    cache = AddrCache(fname=path)
+    for sender in ("example.com", "user@example.org"):
+        if "@" in sender:
+            cache[sender] = None
+    assert "anyone@example.com" not in cache
+    assert "anyone@example.org" not in cache
+    cache["example.com"] = None
+    assert "anyone@example.com" in cache
 
 
 @pytest.mark.parametrize("nothing", ["", None])

@@ -221,11 +221,38 @@ def test_loops_and_longer_chains_are_errors(session: Session, name: str) -> None
 
 @with_dnspython
 def test_names_already_gone_through(session: Session) -> None:
-    with pytest.raises(DNSError, match=r"leads back to example\.com"):
+    with pytest.raises(DNSError, match=r"leads back to 'example\.com'"):
         session.dns("half.test", "A", ["example.com"])
 
 
 # --- failures ------------------------------------------------------------------------------
+
+
+@with_dnspython
+def test_an_error_is_one_line_whatever_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text goes into logs, and strangers choose the names."""
+
+    def missing(*_args: Any, **_kwargs: Any) -> None:
+        raise dns.resolver.NoResolverConfiguration
+
+    name = "\x1b[2jx\nforged.test"
+    monkeypatch.setattr(dns.resolver, "Resolver", missing)
+    with pytest.raises(DNSError) as caught:
+        Session().dns(name, "A")
+    assert repr(name) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("length", [1, MAX_CNAME + 1])
+def test_so_is_that_of_a_chain(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    def look_up(name: str, _qtype: str) -> Any:
+        number = (int(name.partition("\n")[0]) + 1) % length
+        return [((name, "CNAME"), f"{number}\n\x1b.test")]
+
+    monkeypatch.setattr(Milter.dns, "DNSLookup", look_up)
+    with pytest.raises(DNSError) as caught:
+        Session().dns("0\n\x1b.test", "A")
+    assert str(caught.value).isprintable()
 
 
 @with_dnspython

@@ -49,7 +49,8 @@ class Zone:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make send_dsn use a server's port."""
+    """Make send_dsn use a server's port, on loopback too."""
+    monkeypatch.setattr(dsn, "AVOID", ())
 
     def use(server: Any) -> None:
         monkeypatch.setattr(dsn, "PORT", server.port)
@@ -412,9 +413,105 @@ def test_nobody_listens(port: Any) -> None:
     assert reply == (450, "no mail server of [127.0.0.1] answers")
 
 
+MAPPED = bytes(10) + b"\xff\xff\x7f\0\0\1"
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        {("b.test", "A"): ["127.0.0.1"]},
+        {("b.test", "A"): ["0.0.0.0"]},
+        {("b.test", "A"): ["127.1"]},
+        {("b.test", "A"): ["localhost"]},
+        {("b.test", "AAAA"): [bytes(15) + b"\1"]},
+        {("b.test", "AAAA"): [bytes(16)]},
+        {("b.test", "AAAA"): [MAPPED]},
+        {("b.test", "AAAA"): [b"\xfe\x80" + bytes(13) + b"\1"]},
+        {("b.test", "AAAA"): [b"\xff\x02" + bytes(13) + b"\1"]},
+        {("b.test", "MX"): [(1, "127.0.0.1")]},
+        {("b.test", "MX"): [(1, "localhost")]},
+        {("b.test", "MX"): [(1, "mx.test"), (2, "x.test")], ("x.test", "A"): ["169.254.169.254"]},
+    ],
+)
+def test_a_stranger_leads_nowhere_on_this_host(
+    monkeypatch: pytest.MonkeyPatch, records: dict[tuple[str, str], Any]
+) -> None:
+    monkeypatch.setattr(dsn._Delivery, "attempt", lambda *args: pytest.fail(f"connects: {args}"))
+    monkeypatch.setattr(dsn, "_system_lookup", lambda host: ["127.0.0.1", "::1"])
+    reply = send_dsn("joe@b.test", "me.test", MESSAGE, 10, Zone(records))
+    assert reply == (553, "5.4.4 no mail server of b.test has an address to connect to")
+
+
+@pytest.mark.parametrize(
+    "domain", ["[127.0.0.1]", "127.0.0.1", "[IPv6:::1]", "[IPv6:fe80::1%lo]", "[224.0.0.1]"]
+)
+def test_nor_does_an_address_for_a_domain(monkeypatch: pytest.MonkeyPatch, domain: str) -> None:
+    monkeypatch.setattr(dsn._Delivery, "attempt", lambda *args: pytest.fail(f"connects: {args}"))
+    reply = send_dsn(f"joe@{domain}", "me.test", None, 10, Zone())
+    assert isinstance(reply, tuple)
+    assert reply[0] == 553
+
+
+def test_addresses_that_are_avoided_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def attempt(_self: Any, _host: str, address: str, _deadline: float) -> Any:
+        tried.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(dsn._Delivery, "attempt", attempt)
+    zone = Zone(
+        {
+            ("b.test", "MX"): [(1, "mx.test"), (2, "x.test")],
+            ("x.test", "A"): ["127.0.0.1", "192.0.2.1", "10.0.0.1"],
+        }
+    )
+    temporary = (450, "no mail server of b.test answers")
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone) == temporary
+    assert tried == ["192.0.2.1", "10.0.0.1"]
+    tried.clear()
+    private = [*dsn.AVOID, "10.0.0.0/8"]
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone, avoid=private) == temporary
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone, avoid=iter(private)) == temporary
+    assert tried == ["192.0.2.1"] * 2
+    tried.clear()
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone, avoid="192.0.2.*") == temporary
+    assert tried == ["127.0.0.1", "127.0.0.1", "10.0.0.1"]
+    # There may be others, whose addresses could not be found.
+    zone.table["x.test", "A"] = DNSError("no answer")
+    assert send_dsn("joe@b.test", "me.test", None, 10, zone) == temporary
+
+
+def test_a_relay_on_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({}) as server:
+        monkeypatch.setattr(dsn, "PORT", server.port)
+        assert send_dsn("joe@a.test", "me.test", MESSAGE, 10, Zone(), avoid=()) is None
+    assert len(server.messages) == 1
+
+
 def test_null_mx() -> None:
     reply = send_dsn("joe@b.test", "me.test", None, 10, Zone({("b.test", "MX"): [(0, ".")]}))
     assert reply == (556, "5.1.10 b.test accepts no mail (null MX)")
+
+
+def test_a_domain_in_a_reply_is_printable() -> None:
+    """The text of a reply goes where those of servers go: into logs and on terminals."""
+    for domain in ("b\u202e.test", "b\u2028.test", "b\u200b\u2066.test"):
+        address = f"joe@{domain}"
+        replies = [
+            send_dsn(address, "me.test", None, 10, Zone()),
+            send_dsn(address, "me.test", None, 0, Zone()),
+            send_dsn(address, "me.test", None, 10, Nowhere()),
+        ]
+        assert [reply[0] for reply in replies if isinstance(reply, tuple)] == [450, 450, 556]
+        assert all(reply[1].isprintable() for reply in replies if isinstance(reply, tuple))
+
+
+class Nowhere:
+    """A DNS session that knows of a null MX everywhere."""
+
+    def dns(self, name: str, qtype: str) -> Any:
+        return [(0, ".")] if qtype == "MX" else []
 
 
 def test_dns_trouble() -> None:
@@ -460,6 +557,17 @@ def test_with_a_real_session(port: Any) -> None:
         ("joe@a.test> NOTIFY=NEVER", "e-mail address"),
         ('"joe\r\n"@a.test', "e-mail address"),
         ("joe@a.test\0", "e-mail address"),
+        ("joe@a.test\x9b", "e-mail address"),
+        ("jo\x85e@a.test", "e-mail address"),
+        ('"joe\x1b[2J"@a.test', "e-mail address"),
+        ('joe@"\x1b[2J"', "e-mail address"),
+        ('joe@"> NOTIFY=NEVER"', "e-mail address"),
+        ('"joe@b.test"a.test', "domain"),
+        # These become ">" and a space in IDNA.
+        ("joe@x\uff1e\u3000NOTIFY=NEVER.a.test", "e-mail address"),
+        ("joe@x\uff1e.a.test", "e-mail address"),
+        ("joe@x\u3000y.a.test", "e-mail address"),
+        ('joe@"\uff1e\u3000NOTIFY=NEVER"', "e-mail address"),
         ("jo\udce9@a.test", "Unicode"),
         (["joe@a.test", "joe@b.test"], "one domain"),
     ],
@@ -470,8 +578,9 @@ def test_bad_addresses_are_errors(mailfrom: Any, why: str) -> None:
 
 
 def test_a_bad_sender_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ourfrom"):
-        send_dsn("joe@a.test", "me.test", session=Zone(), ourfrom="x@y\r\nRSET")
+    for sender in ("x@y\r\nRSET", "x@y\uff1e\u3000NOTIFY=NEVER", 'x@"> y"'):
+        with pytest.raises(ValueError, match="ourfrom"):
+            send_dsn("joe@a.test", "me.test", session=Zone(), ourfrom=sender)
 
 
 @pytest.mark.parametrize("local", ['"joe smith"', "a'b", '"a>b"'])

@@ -53,3 +53,17 @@ def test_envcallback_lets_a_keyword_be_a_parameter():
     assert Milter.envcallback(envrcpt, ("<a@b>", "NOTIFY=NEVER")) == ("NEVER", "none")
     with pytest.raises(TypeError):
         Milter.envcallback(envrcpt, ("<a@b>", "UNHEARD=OF"))
+
+
+def test_envcallback_with_a_name_that_the_function_has_itself():
+    def by_name(f, *flags, **keywords):
+        return f, flags, keywords
+
+    def by_position(f, /, *flags, **keywords):
+        return f, flags, keywords
+
+    args = ["<a@b>", "f=1", "flags=2", "X"]
+    with pytest.raises(TypeError, match="multiple values for argument 'f'"):
+        Milter.envcallback(by_name, args)
+    got = Milter.envcallback(by_position, args)
+    assert got == ("<a@b>", ("X",), {"f": "1", "flags": "2"})

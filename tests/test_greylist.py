@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import state_servers
 import state_worker
 
-from Milter import _greystore, greylist, greysql
+from Milter import _greystore, _greystore_shelf, greylist, greysql
 
 WORKER = str(Path(state_worker.__file__))
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -949,6 +949,43 @@ def test_failed_takeover_leaves_the_old_shelf(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         greylist.Greylist(path)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_takeover_follows_no_link(tmp_path, monkeypatch):
+    path = str(tmp_path / "grey")
+    make_old_shelf(path, 1)
+    (tmp_path / "elsewhere").touch(0o600)
+    real = _greystore_shelf._remove
+
+    def remove(name):
+        real(name)
+        if name.endswith(".new"):  # as somebody might who may write here
+            os.symlink(tmp_path / "elsewhere", name)
+
+    monkeypatch.setattr(_greystore_shelf, "_remove", remove)
+    with pytest.raises(FileExistsError):
+        greylist.Greylist(path)
+    assert (tmp_path / "elsewhere").stat().st_size == 0
+    assert dbm.whichdb(path) == "dbm.dumb"
+
+
+def test_takeover_lets_nobody_read_along(tmp_path, monkeypatch):
+    path = str(tmp_path / "grey")
+    make_old_shelf(path, 1)
+    for name in os.listdir(tmp_path):
+        os.chmod(tmp_path / name, 0o640)
+    modes = []
+    real = _greystore_shelf._copy
+
+    def copy(source, target):
+        count = real(source, target)
+        modes.append(os.stat(target).st_mode & 0o777)
+        return count
+
+    monkeypatch.setattr(_greystore_shelf, "_copy", copy)
+    greylist.Greylist(path).close()
+    assert modes == [0o600]
+    assert os.stat(path).st_mode & 0o777 == 0o640
 
 
 def test_takeover_waits_in_bounds(tmp_path, monkeypatch):

@@ -67,6 +67,13 @@ def test_order_of_keys(use):
     assert found.closed == 1
 
 
+@pytest.mark.parametrize("sender", ["<user@a.example.com.>", "user@a.example.com."])
+def test_a_final_dot_changes_nothing(use, sender):
+    assert look_up(use({b"SPF-Fail:user@a.example.com": b"REJECT"}), sender) == "REJECT"
+    assert look_up(use({b"SPF-Fail:a.example.com": b"REJECT"}), sender) == "REJECT"
+    assert look_up(use({b"SPF-Fail:.example.com": b"REJECT"}), sender) == "REJECT"
+
+
 def test_each_key_is_also_tried_as_makemap_folds_it(use):
     found = use()
     look_up(found, "User@Ex.com", "SPF")

@@ -9,6 +9,7 @@ import logging
 import random
 import socket
 import sys
+import time
 import types
 from typing import ClassVar
 
@@ -35,6 +36,7 @@ from milter import (
 import Milter
 from Milter import test as milter_test
 from Milter import testctx
+from Milter.mta import Message
 
 MESSAGE = (
     b"Received: by mx\n"
@@ -1430,3 +1432,17 @@ def test_the_mixin_logs_to_its_file(mixed, tmp_path):
 def test_pytest_does_not_collect_the_stand_ins():
     assert testctx.TestCtx.__test__ is False
     assert milter_test.TestBase.__test__ is False
+
+
+@pytest.mark.parametrize("take_apart", [testctx._split_message, Message.parse])
+def test_folds_without_end_cost_linear_time(take_apart):
+    """Mail that a filter choked on is what both are used for."""
+
+    def seconds(folds):
+        data = b"A: b\n" + b" a fold of some length\n" * folds + b"\nbody"
+        start = time.thread_time()
+        take_apart(data)
+        return time.thread_time() - start
+
+    # Four times the folds; sixteen times the time, were it quadratic.
+    assert any(seconds(160_000) / max(seconds(40_000), 1e-5) < 8 for _ in range(4))
