@@ -16,7 +16,7 @@ import time
 
 import pytest
 from conftest import WAIT, python_command
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mime
@@ -147,6 +147,7 @@ def test_any_bytes_are_read_as_the_standard_library_reads_them(raw):
 
 
 @given(RAW, st.integers(0, 20))
+@example(b'Content-Type: multipart/digest; boundary="c"\r\n--c\n\n\n', 1)
 def test_what_surrounds_a_modified_part_stays_as_it_is(raw, number):
     msg = read(raw)
     parts = list(msg.walk())
@@ -157,7 +158,7 @@ def test_what_surrounds_a_modified_part_stays_as_it_is(raw, number):
     head, _, tail = raw.partition(before or raw or b" ")
     written = msg.as_bytes()
     assert b"X-New: 1" in written
-    if before and raw.count(before) == 1:
+    if before and raw.find(before) == raw.rfind(before):  # count() passes over what overlaps
         assert written.startswith(head) and written.endswith(tail)
 
 
