@@ -328,7 +328,8 @@ def test_a_killed_worker_fails_only_its_messages(run_filter, where):
     took = load.passed[str(new)][0] - killed
     load.wait_for(50)
     load.stop()
-    assert took < (1 if os.getloadavg()[0] < 2 * (os.cpu_count() or 1) else 5)
+    patient = "TEST_PATIENCE" in os.environ or os.getloadavg()[0] >= 2 * (os.cpu_count() or 1)
+    assert took < (5 if patient else 1)
     assert len(load.lost) <= 8  # no more than were in progress
     assert f"(pid {pids[0]}) was killed by SIGKILL" in filter_.output
     assert filter_.stop() == 0, filter_.output
@@ -436,10 +437,14 @@ def test_signals_drain_all(run_filter, directory, where, number):
     hold = Held(directory, "eom")
     with contextlib.closing(hold):
         filter_ = run_filter("k_filter", "--hold", f"{directory}/eom.fifo", socket=where)
-        workers_of(filter_, 2)
-        mtas = [filter_.mta() for _ in range(2)]
-        messages = [Sending(mta) for mta in mtas]
-        filter_.wait_for("holds in", 2)
+        pids = workers_of(filter_, 2)
+        mtas, messages = [], []
+        for _ in range(20):  # two, where the workers are as fast as each other
+            mtas.append(filter_.mta())
+            messages.append(Sending(mtas[-1]))
+            filter_.wait_for("holds in", len(mtas))
+            if {f"holds in {pid}" for pid in pids} <= set(filter_.output.splitlines()):
+                break
         filter_.process.send_signal(number)
 
         def refuses() -> bool:
@@ -450,11 +455,11 @@ def test_signals_drain_all(run_filter, directory, where, number):
             return False
 
         wait_until(refuses, "it still takes connections")
-        hold.release()
-        hold.release()
+        for _ in messages:
+            hold.release()
         results = [message.result() for message in messages]
     assert all(result.accepted for result in results)
-    assert len({header(result, "X-Worker") for result in results}) == 2
+    assert {int(header(result, "X-Worker")) for result in results} == set(pids)
     assert filter_.wait() == 0
     for mta in mtas:
         mta.close()
