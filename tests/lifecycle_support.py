@@ -22,7 +22,7 @@ NOBODY = 65534
 
 as_root = pytest.mark.skipif(
     os.geteuid() != 0 or "asan" in os.environ.get("LD_PRELOAD", ""),
-    reason="only root can become another user, who may not write a sanitizer's reports",
+    reason="only root can become another user, into whose processes LeakSanitizer may not look",
 )
 #: Options of a filter that runs as whoever runs the tests, and as somebody without privileges:
 #: only there libmilter itself removes sockets.

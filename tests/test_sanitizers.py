@@ -94,11 +94,27 @@ def test_each_report_of_a_file_is_judged_and_the_same_is_told_once(tmp_path: Pat
     assert "2 files, 1 reports that name the module; others: " in done.stdout
 
 
-def test_what_the_c_library_keeps_for_a_thread_is_no_leak_of_the_module(tmp_path: Path) -> None:
-    report = LEAK.format(path="src/pool.c").replace("some_function", "on_thread_end")
-    kept = report.replace("#1", "#1 0x7f0234 in __cxa_thread_atexit_impl (/lib/libc.so)\n    #2")
-    (tmp_path / "report.17").write_text(kept)
+def called(report: str, name: str) -> str:
+    """That report, where our function called one of a library's, which allocated."""
+    return report.replace("#1", f"#1 0x7f0234 in {name} (/lib/library.so+0x5853)\n    #2")
+
+
+@pytest.mark.parametrize("name", ["__cxa_thread_atexit_impl", "smfi_register", "smfi_setconn"])
+def test_what_a_library_keeps_is_no_leak_of_the_module(name: str, tmp_path: Path) -> None:
+    (tmp_path / "report.17").write_text(called(LEAK.format(path="src/pool.c"), name))
     assert read(tmp_path).returncode == 0
+
+
+def test_what_a_thread_held_that_the_interpreter_ended_is_no_leak(tmp_path: Path) -> None:
+    """In that process; and an error is one there too."""
+    leak = LEAK.format(path="src/pool.c")
+    packet = called(LEAK, "mi_rd_cmd").format(path="../engine.c")
+    (tmp_path / "report.17").write_text(leak + packet)
+    assert read(tmp_path).returncode == 0
+    (tmp_path / "report.18").write_text(ADDRESS.format(path="src/pool.c") + packet)
+    assert read(tmp_path).returncode == 1
+    (tmp_path / "report.18").write_text(leak)
+    assert read(tmp_path).returncode == 1
 
 
 # --- how filters are run

@@ -18,6 +18,7 @@ from typing import Any
 import milter
 import pytest
 from conftest import WAIT, python_command
+from lifecycle_support import as_root
 
 from Milter._socket_setup import Access, UnsafeError
 
@@ -218,7 +219,7 @@ print(os.path.exists(__import__("sys").argv[1][5:]))
 """
 
 
-@root_only
+@as_root
 def test_a_way_back_to_root_is_seen(directory: Path) -> None:
     directory.chmod(0o755)
     done = subprocess.run(
