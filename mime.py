@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import bisect
 import email.utils
 import html
 import io
@@ -57,6 +58,7 @@ import unicodedata
 import urllib.parse
 import uuid
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from email.feedparser import FeedParser
 from email.generator import BytesGenerator
@@ -134,7 +136,7 @@ class _Budget:
     def __init__(self) -> None:
         self._deadline = time.monotonic() + MAX_SECONDS
         self._bytes = MAX_UNPACKED
-        self._boundaries: dict[int, set[bytes]] = {}
+        self._boundaries: dict[int, _Boundaries] = {}
 
     def check_time(self) -> None:
         """Raise LimitExceeded where the time is up."""
@@ -148,12 +150,12 @@ class _Budget:
             if not count % 64:
                 self.check_time()
 
-    def boundaries(self, root: MimeMessage) -> set[bytes]:
+    def boundaries(self, root: MimeMessage) -> _Boundaries:
         """The boundaries of all multiparts of a message; looked for once."""
         known = self._boundaries.get(id(root))
         if known is None:
             found = (part.get_boundary() for part in root.walk() if part.is_multipart())
-            known = {_as_bytes(b) for b in found if isinstance(b, str) and b}
+            known = _Boundaries({_as_bytes(b) for b in found if isinstance(b, str)})
             self._boundaries[id(root)] = known
         return known
 
@@ -1857,12 +1859,11 @@ class HTMLScriptFilter(SGMLFilter):
             if not self._inner:
                 self.write(self._vet(data))
             return
-        if self._raw_name == "style" and _bad_css(data):
-            self.write(self.msg)
-        elif "<" in data:
-            self.write(self._vet(data))
-        else:
-            self.write(data)
+        vetted = self._vet(data) if "<" in data else data
+        # What is taken out may have parted what a lenient reader puts together.
+        if self._raw_name == "style" and (_bad_css(data) or (vetted != data and _bad_css(vetted))):
+            vetted = self.msg
+        self.write(vetted)
 
     def finish_endtag(self, tag: str) -> None:
         """End a script or any other element."""
@@ -2262,7 +2263,7 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
             cleaned = _clean_html(_decode(payload, encoding), charsets, budget)
             if cleaned is not None:
                 after = _encode(cleaned, encoding)
-                if _forges_boundary(payload, after, budget.boundaries(msg._root)):
+                if budget.boundaries(msg._root).forged(payload, after):
                     raise LimitExceeded("HTML that would fall apart without its scripts")
                 msg.set_payload(after)
                 if len(encodings) > 1:
@@ -2274,20 +2275,47 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
         _replace(msg, str(exc), savname)
 
 
-_DASHED_LINE = re.compile(rb"(?:(?<=[\r\n])|\A)--([^\r\n]*[^\r\n\t ])")
+_DASHED_LINE = re.compile(rb"(?:(?<=[\r\n])|\A)--([^\r\n]*)")
+_HEADER_IN_TEXT = re.compile(
+    rb"[\r\n][ \t]*content-(?:type|disposition|transfer-encoding)[ \t\v\f\x1c-\x1f]*(?:[:\r\n]|\Z)",
+    re.IGNORECASE,
+)
 
 
-def _forges_boundary(before: bytes, after: bytes, boundaries: set[bytes]) -> bool:
-    """Whether lines that were none became boundaries, which would begin parts nobody checked."""
+class _Boundaries:
+    """What begins and ends the parts of a message, to look for in the text of one of them."""
 
-    def count(text: bytes) -> int:
-        lines = (found[1] for found in _DASHED_LINE.finditer(text))
-        return sum(
-            line in boundaries or (line.endswith(b"--") and line[:-2] in boundaries)
-            for line in lines
+    def __init__(self, boundaries: set[bytes]) -> None:
+        self._exact = boundaries | {boundary + b"--" for boundary in boundaries}
+        # In order, and none that begins as another: at most one can be the beginning of a line.
+        self._beginnings: list[bytes] = []
+        for boundary in sorted(boundaries):
+            if not self._beginnings or not boundary.startswith(self._beginnings[-1]):
+                self._beginnings.append(boundary)
+
+    def _resembles(self, line: bytes) -> bool:
+        at = bisect.bisect_right(self._beginnings, line)
+        return at > 0 and line.startswith(self._beginnings[at - 1])
+
+    def forged(self, before: bytes, after: bytes) -> bool:
+        """Whether a text that was changed has parts that nobody checked.
+
+        They begin at a line that was no boundary, or for those who compare only the beginning of
+        a line (RFC 2046, 5.1.1) where a header follows, whatever stands between the two.
+        """
+        if not self._exact or b"--" not in after:
+            return False
+        found = _DASHED_LINE.finditer(after)
+        first = next((line for line in found if self._resembles(line[1])), None)
+        if first is None:
+            return False
+        return bool(
+            _HEADER_IN_TEXT.search(after, first.end()) or self._count(after) - self._count(before)
         )
 
-    return bool(boundaries) and count(after) > count(before)
+    def _count(self, text: bytes) -> Counter[bytes]:
+        lines = (found[1].rstrip(b" \t") for found in _DASHED_LINE.finditer(text))
+        return Counter(line for line in lines if line in self._exact)
 
 
 def _is_html(msg: MimeMessage, budget: _Budget) -> bool:

@@ -1151,6 +1151,45 @@ ORDINARY = {
 }
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"-\0-bb\n" + NAMED,  # a boundary once the NUL is out
+        b"<script>\n--cc\n</script>\n-\0-bb\n" + NAMED,  # that of another part goes for it
+        b"--bb or so\n" + NAMED.replace(b"-D", b"-\0D"),  # a header once the NUL is out
+        b"--bb or so\n\0\n" + NAMED.replace(b"-D", b"\0-D"),
+        b"--bb or so\n<script>\n\n</script>\n" + NAMED,  # the header's end goes
+        b"<script>\n--bb or so\n\n</script>\n-\0-bb or so\n" + NAMED,
+    ],
+)
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_html_without_its_scripts_is_no_other_message(text, newline):
+    other = mixed(GOOD).replace(b"bb", b"cc")
+    page = part("Content-Type: text/html", b"<script>x</script>\n" + text + b"\n\nMZ\n")
+    raw = mixed(GOOD, page, other, GOOD).replace(b"\n", newline)
+    assert not mime.defang(read(raw.replace(page.replace(b"\n", newline), GOOD)))
+    result = defanged(raw)
+    assert b"a.exe" not in result.as_bytes()
+    assert "fall apart" in result.get_payload(1).get_payload()
+    assert len(result.get_payload()) == 4
+
+
+@pytest.mark.parametrize("text", [b"-- bb\n" + NAMED, b"--b\n" + NAMED, b"--bb or so\n\nx: y"])
+def test_html_with_dashes_only_loses_its_scripts(text):
+    page = part("Content-Type: text/html", text + b"\n<script>x</script>\n")
+    result = defanged(mixed(GOOD, page)).as_bytes()
+    assert text in result and b"<script>" not in result
+
+
+def test_a_style_sheet_is_judged_by_what_is_left_of_it():
+    page = b"<style>b { width: ex</script>pression(alert(1)) }</style>"
+    result = defanged(part("Content-Type: text/html", page)).as_bytes()
+    assert b"pression" not in result
+    page = b"<style>b { width: 1px</script> }</style>"
+    result = defanged(part("Content-Type: text/html", page)).as_bytes()
+    assert b"1px" in result
+
+
 @pytest.mark.parametrize("charset", ORDINARY)
 @pytest.mark.parametrize("quote", ["", '"'])
 def test_ordinary_html_stays_as_it_is(charset, quote):
