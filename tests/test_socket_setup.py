@@ -250,7 +250,7 @@ for options in eval(sys.argv[2]):
 """
 
 
-@root_only
+@as_root
 def test_others_than_root_cannot_choose(directory: Path) -> None:
     directory.chmod(0o755)
     os.chown(directory, 65534, 65534)
