@@ -2260,10 +2260,12 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
         encodings = msg._encodings()
         charsets = msg._charsets()
         for encoding in encodings:
-            cleaned = _clean_html(_decode(payload, encoding), charsets, budget)
+            decoded = _decode(payload, encoding)
+            cleaned = _clean_html(decoded, charsets, budget)
             if cleaned is not None:
                 after = _encode(cleaned, encoding)
-                if budget.boundaries(msg._root).forged(payload, after):
+                forged = _uuencoded_names(cleaned) - _uuencoded_names(decoded)
+                if forged or budget.boundaries(msg._root).forged(payload, after):
                     raise LimitExceeded("HTML that would fall apart without its scripts")
                 msg.set_payload(after)
                 if len(encodings) > 1:
@@ -2316,6 +2318,12 @@ class _Boundaries:
     def _count(self, text: bytes) -> Counter[bytes]:
         lines = (found[1].rstrip(b" \t") for found in _DASHED_LINE.finditer(text))
         return Counter(line for line in lines if line in self._exact)
+
+
+def _uuencoded_names(text: bytes) -> set[str]:
+    if b"begin" not in text:
+        return set()
+    return {found[2] for found in _UUENCODED.finditer(text.decode("latin-1"))}
 
 
 def _is_html(msg: MimeMessage, budget: _Budget) -> bool:

@@ -1174,6 +1174,19 @@ def test_html_without_its_scripts_is_no_other_message(text, newline):
     assert len(result.get_payload()) == 4
 
 
+@pytest.mark.parametrize("encoding", ["8bit", "base64"])
+@pytest.mark.parametrize(
+    "text", [b"be\0gin 644 a.exe\n#0V%T\n", b"<p>\nbegin 644 a.exe\n\0#0V%T\n"]
+)
+def test_html_without_its_scripts_holds_no_other_file(text, encoding):
+    text += b"`\nend\n"
+    assert removed(part("Content-Type: text/html", text.replace(b"\0", b"")))
+    page = b"<script>x</script>\n" + text
+    page = base64.encodebytes(page) if encoding == "base64" else page
+    header = f"Content-Type: text/html\nContent-Transfer-Encoding: {encoding}"
+    assert removed(part(header, page))
+
+
 @pytest.mark.parametrize("text", [b"-- bb\n" + NAMED, b"--b\n" + NAMED, b"--bb or so\n\nx: y"])
 def test_html_with_dashes_only_loses_its_scripts(text):
     page = part("Content-Type: text/html", text + b"\n<script>x</script>\n")
