@@ -148,7 +148,10 @@ def _data(rdata: dns.rdata.Rdata) -> Data:
         return tuple(rdata.strings)
     if isinstance(rdata, NSBase):  # CNAME, DNAME, NS and PTR share it
         return _host(rdata.target)
-    text = rdata.to_text()
+    try:
+        text = rdata.to_text()
+    except Exception:  # noqa: BLE001 - dnspython has none to promise: the target of a URI is decoded
+        return rdata.to_generic().to_text()  # RFC 3597, 5: \# length hexadecimal
     if rdata.rdtype == dns.rdatatype.AAAA:
         return ipaddress.IPv6Address(text).packed
     return text

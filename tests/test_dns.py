@@ -37,6 +37,8 @@ ZONE: Zone = {
     ("example.com", "SPF"): ['example.com SPF "v=spf1 -all"'],
     ("example.com", "NS"): ["example.com NS ns.example.com."],
     ("example.com", "SRV"): ["example.com SRV 1 2 25 mail.example.com."],
+    # priority 10, weight 1, and a target that is no UTF-8, for which dnspython has no text
+    ("odd.test", "URI"): ["odd.test URI \\# 5 000a0001f9", 'odd.test URI 10 1 "x:y"'],
     ("1.2.0.192.in-addr.arpa", "PTR"): Answer(
         ["1.2.0.192.in-addr.arpa PTR mail.example.com."],
         additional=["mail.example.com A 203.0.113.66"],
@@ -122,6 +124,7 @@ def session(server: Server) -> Session:
         ("1.2.0.192.in-addr.arpa", "PTR", ["mail.example.com"]),
         ("alias.test", "CNAME", ["other.test"]),
         ("example.com", "SRV", ["1 2 25 mail.example.com."]),
+        ("odd.test", "URI", ["\\# 5 000a0001f9", '10 1 "x:y"']),
         ("m\u00fcnchen.test", "A", ["192.0.2.7"]),
         ("a\\.b.test", "A", ["192.0.2.8"]),
         # nothing there
