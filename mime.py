@@ -1192,9 +1192,9 @@ class MimeMessage(Message):
         fields, size = self._original_head()
         if self._source is not None and self._headers == self._seen_headers and fields:
             head = self._raw()[:size]
-            if size > sum(map(len, fields)):
+            if size > sum(map(len, fields)) and head.endswith((b"\n\n", b"\n\r\n")):
                 return head
-            # The first line of the body ended the header, and may not be what it was.
+            # What ended the header, for some if lone CRs did, may not be what it was in the body.
             return _end_header(head, newline)
         unixfrom = fields[:1] if fields[:1] and fields[0].startswith(b"From ") else []
         fields = fields[len(unixfrom) :]
@@ -1298,8 +1298,8 @@ def _unquote_value(value: Any) -> Any:
 
 def _end_header(fields: bytes, newline: bytes) -> bytes:
     """Header fields with the empty line that parts them from the body."""
-    # After a lone CR, one LF would only complete the line end.
-    if fields and not fields.endswith((b"\n", newline[:1])):
+    # A lone CR ends no line for some, and one LF would only complete it.
+    if fields and not fields.endswith(b"\n"):
         fields += newline
     return fields + newline
 

@@ -1174,6 +1174,19 @@ def test_html_without_its_scripts_is_no_other_message(text, newline):
     assert len(result.get_payload()) == 4
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\r\r\n", b"\r\n\r"])
+def test_the_header_of_html_without_its_scripts_ends_for_all(end):
+    """Where a lone CR ends no line, the empty line that ended it may go with a script."""
+    text = b"`\r\n<p title=a onclick='b\r\n\r\n'>\r\n" + NAMED + b"\r\n\r\nMZ\r\n"
+    raw = mixed(GOOD).replace(b"--bb--\n", b"--bb\nContent-Type: text/html").replace(b"\n", b"\r\n")
+    result = defanged(raw + end + text + b"--bb--\r\n")
+    written = result.as_bytes()
+    assert b"onclick" not in written
+    after = written[written.index(b"text/html") :]
+    assert NAMED not in written or b"\n\r\n" in after[: after.index(NAMED)]
+    assert defanged(written).as_bytes() == written
+
+
 @pytest.mark.parametrize("encoding", ["8bit", "base64"])
 @pytest.mark.parametrize(
     "text", [b"be\0gin 644 a.exe\n#0V%T\n", b"<p>\nbegin 644 a.exe\n\0#0V%T\n"]
