@@ -2264,10 +2264,12 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
             cleaned = _clean_html(decoded, charsets, budget)
             if cleaned is not None:
                 after = _encode(cleaned, encoding)
-                forged = _uuencoded_names(cleaned) - _uuencoded_names(decoded)
-                if forged or budget.boundaries(msg._root).forged(payload, after):
-                    raise LimitExceeded("HTML that would fall apart without its scripts")
+                forged = bool(_uuencoded_names(cleaned) - _uuencoded_names(decoded))
+                forged = forged or budget.boundaries(msg._root).forged(payload, after)
+                suspicious = msg.suspicion()
                 msg.set_payload(after)
+                if forged or (msg.suspicion() and not suspicious):
+                    raise LimitExceeded("HTML that would fall apart without its scripts")
                 if len(encodings) > 1:
                     del msg["Content-Transfer-Encoding"]
                     msg["Content-Transfer-Encoding"] = encoding or "8bit"

@@ -1174,6 +1174,14 @@ def test_html_without_its_scripts_is_no_other_message(text, newline):
     assert len(result.get_payload()) == 4
 
 
+def test_html_without_its_scripts_has_no_parts():
+    text = b"<script>x</script>\n--x\n\0Content-Type: x/y; name=a.exe\n\nMZ\n"
+    assert removed(part("Content-Type: multipart/mixed; name=a.html", text))
+    text = b"<script>x</script>\n--x\nContent-Kind: x/y\n"
+    result = defanged(part("Content-Type: multipart/mixed; name=a.html", text)).as_bytes()
+    assert b"Content-Kind" in result and b"<script>" not in result
+
+
 @pytest.mark.parametrize("end", [b"\r", b"\r\r\n", b"\r\n\r"])
 def test_the_header_of_html_without_its_scripts_ends_for_all(end):
     """Where a lone CR ends no line, the empty line that ended it may go with a script."""
