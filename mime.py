@@ -2250,12 +2250,16 @@ def check_html(msg: MimeMessage, savname: object = None) -> int:
     return _CONTINUE
 
 
-def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
+_FALLS_APART = "HTML that would fall apart without its scripts"
+
+
+def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> bool:
+    """Whether scripts were taken out; not where the part had to be replaced."""
     if msg.is_multipart() or not isinstance(msg._payload, str):
-        return
+        return False
     try:
         if not _is_html(msg, budget):
-            return
+            return False
         payload = _as_bytes(msg._payload)
         encodings = msg._encodings()
         charsets = msg._charsets()
@@ -2269,14 +2273,15 @@ def _check_html(msg: MimeMessage, savname: object, budget: _Budget) -> None:
                 suspicious = msg.suspicion()
                 msg.set_payload(after)
                 if forged or (msg.suspicion() and not suspicious):
-                    raise LimitExceeded("HTML that would fall apart without its scripts")
+                    raise LimitExceeded(_FALLS_APART)
                 if len(encodings) > 1:
                     del msg["Content-Transfer-Encoding"]
                     msg["Content-Transfer-Encoding"] = encoding or "8bit"
-                return
+                return True
     except LimitExceeded as exc:
         _log.warning("HTML removed: %s", exc)
         _replace(msg, str(exc), savname)
+    return False
 
 
 _DASHED_LINE = re.compile(rb"(?:(?<=[\r\n])|\A)--([^\r\n]*)")
@@ -2379,6 +2384,41 @@ class _Defang:
         self.scan_rfc822 = scan_rfc822
         self.scan_zip = scan_zip
         self.budget = _Budget()
+        self._cleaned: list[MimeMessage] = []
+
+    def message(self, msg: MimeMessage, decoded: int = 0) -> None:
+        """Check a message, or a part that is judged by itself, and what it will be read as."""
+        before, self._cleaned = self._cleaned, []
+        self.part(msg, decoded)
+        if self._cleaned and self._reads_otherwise(msg):
+            for part in self._cleaned:
+                _log.warning("HTML removed: %s", _FALLS_APART)
+                _replace(part, _FALLS_APART, self.savname)
+        self._cleaned = before
+
+    def _reads_otherwise(self, msg: MimeMessage) -> bool:
+        """Whether the message, once it is written, has parts that nobody checked.
+
+        What was taken out of HTML may have been all that hid a boundary, a header or a file.
+        Where nobody was to look, in attached messages, there may be harm as before.
+        """
+        cleaned = set(map(id, self._cleaned))
+        parts = list(msg.walk())
+        again = list(message_from_file(io.BytesIO(msg.as_bytes())).walk())
+        if [p.get_content_type() for p in parts] != [p.get_content_type() for p in again]:
+            return True
+        try:
+            return any(
+                self._harm(new) and (id(old) in cleaned or not self._harm(old))
+                for old, new in zip(parts, again)
+            )
+        except LimitExceeded:
+            return True
+
+    def _harm(self, part: Any) -> bool:
+        if not isinstance(part, MimeMessage):
+            return False
+        return bool(part.suspicion() or _bad_name(part, self.check, False, self.budget))
 
     def part(self, msg: MimeMessage, decoded: int = 0) -> None:
         """Check a part and the parts within it; `decoded`: how often it was unwrapped."""
@@ -2393,7 +2433,8 @@ class _Defang:
         if replaced:
             return
         if not msg.is_multipart():
-            _check_html(msg, self.savname, self.budget)
+            if _check_html(msg, self.savname, self.budget):
+                self._cleaned.append(msg)
         elif self.scan_rfc822 or msg.get_content_maintype() != "message":
             for child in list(msg._payload):
                 self.part(child, decoded)
@@ -2434,7 +2475,7 @@ class _Defang:
             msg.epilogue = ""
             return
         hidden = message_from_file(io.BytesIO(data))
-        self.part(hidden, decoded + 1)
+        self.message(hidden, decoded + 1)
         if hidden.ismodified():
             msg.epilogue = _as_str(hidden._body_bytes())
 
@@ -2489,5 +2530,5 @@ def defang(
     messages are checked for names of their own.  `scan_rfc822`: look into attached messages.
     Returns whether anything of the message was modified, here or before.
     """
-    _Defang(savname, check, scan_rfc822, scan_zip).part(msg)
+    _Defang(savname, check, scan_rfc822, scan_zip).message(msg)
     return msg.ismodified()

@@ -1182,6 +1182,23 @@ def test_html_without_its_scripts_has_no_parts():
     assert b"Content-Kind" in result and b"<script>" not in result
 
 
+def test_what_is_written_is_read_once_more(monkeypatch):
+    """Where nothing was seen in the HTML itself."""
+    monkeypatch.setattr(mime._Boundaries, "forged", lambda *_: False)
+    page = part("Content-Type: text/html", b"<script>x</script>\n-\0-bb\n" + NAMED + b"\n\nMZ\n")
+    result = defanged(mixed(GOOD, page, GOOD))
+    assert b"a.exe" not in result.as_bytes()
+    assert "fall apart" in result.get_payload(1).get_payload()
+
+
+def test_html_beside_a_message_that_is_not_looked_into_only_loses_its_scripts():
+    inner = mixed(GOOD, part("Content-Type: x/y; name=a.exe"))
+    page = part("Content-Type: text/html", b"<b>x</b><script>x</script>\n")
+    raw = mixed(page, attached_message(inner, 1))
+    result = defanged(raw, scan_rfc822=False).as_bytes()
+    assert b"<b>x</b>" in result and b"<script>" not in result and b"a.exe" in result
+
+
 @pytest.mark.parametrize("end", [b"\r", b"\r\r\n", b"\r\n\r"])
 def test_the_header_of_html_without_its_scripts_ends_for_all(end):
     """Where a lone CR ends no line, the empty line that ended it may go with a script."""
