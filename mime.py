@@ -136,7 +136,7 @@ class _Budget:
     def __init__(self) -> None:
         self._deadline = time.monotonic() + MAX_SECONDS
         self._bytes = MAX_UNPACKED
-        self._boundaries: dict[int, _Boundaries] = {}
+        self._boundaries: dict[MimeMessage, _Boundaries] = {}
 
     def check_time(self) -> None:
         """Raise LimitExceeded where the time is up."""
@@ -152,11 +152,11 @@ class _Budget:
 
     def boundaries(self, root: MimeMessage) -> _Boundaries:
         """The boundaries of all multiparts of a message; looked for once."""
-        known = self._boundaries.get(id(root))
+        known = self._boundaries.get(root)
         if known is None:
             found = (part.get_boundary() for part in root.walk() if part.is_multipart())
             known = _Boundaries({_as_bytes(b) for b in found if isinstance(b, str)})
-            self._boundaries[id(root)] = known
+            self._boundaries[root] = known
         return known
 
     def unpack(self, size: int) -> None:
