@@ -7,6 +7,7 @@ LIBMILTER_LIB       directory that holds libmilter itself
 LIBMILTER_STATIC    1 links the static archive, so that the module needs no libmilter at run time
 PKG_CONFIG          the pkg-config program to ask
 PYMILTER_WERROR     1 turns the compiler's warnings into errors
+PYMILTER_TURNSTILE  0 leaves out the turnstile before the interpreter lock, to see its worth
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -23,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 # Hidden: what the source files share is no business of other libraries.
-FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
 HEADER = Path("libmilter", "mfapi.h")
 ARCHIVE = "libmilter.a"
@@ -43,11 +47,25 @@ PACKAGES = (
     "libmilter-dev (Debian, Ubuntu, Alpine), sendmail-milter-devel (Fedora, RHEL) "
     "or libmilter (FreeBSD pkg, macOS brew or port)"
 )
+COMPILERS = (
+    "gcc and libc6-dev (Debian, Ubuntu), gcc (Fedora, RHEL), gcc and musl-dev (Alpine) "
+    "or the command line tools (macOS: xcode-select --install)"
+)
 
 
-def wanted(variable: str) -> bool:
+def wanted(variable: str, default: str = "0") -> bool:
     """Whether the environment switches ``variable`` on."""
-    return os.environ.get(variable, "0") not in ("", "0")
+    return os.environ.get(variable, default) not in ("", "0")
+
+
+def has_turnstile() -> bool:
+    """Whether callbacks pass a turnstile: not where there is no interpreter lock to queue for."""
+    return wanted("PYMILTER_TURNSTILE", "1") and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+def c_files(pattern: str) -> list[str]:
+    """The files below src/ that match, in a definite order."""
+    return sorted(path.as_posix() for path in Path("src").rglob(pattern))
 
 
 def override(variable: str) -> Path | None:
@@ -130,11 +148,33 @@ def find_archive(lib: Path | None, compiler: list[str]) -> Path:
     )
 
 
+def check_compiler(command: list[str]) -> None:
+    """SetupError where the compiler's program is not there."""
+    if shutil.which(command[0]) is None:
+        raise SetupError(
+            f"the C compiler {command[0]} is not on this machine: install {COMPILERS}, or set CC"
+        )
+
+
+def check_python_headers(paths: list[Path]) -> None:
+    """SetupError where none of these directories has Python's headers."""
+    if not any((path / "Python.h").is_file() for path in paths):
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise SetupError(
+            f"Python.h of Python {version} is not in {sysconfig.get_path('include')}: install "
+            f"python{version}-dev (Debian, Ubuntu), python3-devel (Fedora, RHEL) "
+            "or python3-dev (Alpine)"
+        )
+
+
 class BuildExt(build_ext):
     """Looks for libmilter when the extension is compiled, so that an sdist needs none."""
 
     def build_extension(self, ext: Extension) -> None:
-        include = find_include([*map(Path, self.include_dirs or []), *compiler_paths()])
+        paths = [*map(Path, self.include_dirs or []), *compiler_paths()]
+        check_compiler(self.compiler.compiler_so)
+        check_python_headers([Path(sysconfig.get_path("include")), *paths])
+        include = find_include(paths)
         lib = find_lib(include)
         if include != Path("/usr/include"):
             ext.include_dirs.append(str(include))
@@ -181,9 +221,10 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "milter",
-                sources=["miltermodule.c", *sorted(map(str, Path("src").glob("*.c")))],
-                depends=sorted(map(str, Path("src").glob("*.h"))),
+                sources=["miltermodule.c", *c_files("*.c")],
+                depends=c_files("*.h"),
                 include_dirs=["src"],
+                define_macros=[("PYMILTER_TURNSTILE", str(int(has_turnstile())))],
                 extra_compile_args=FLAGS,
                 extra_link_args=["-pthread"],
             )

@@ -1,6 +1,4 @@
-/* The constants of <libmilter/mfapi.h> and <libmilter/mfdef.h>, with libmilter's names. */
-
-#include "milter.h"
+#include "constants.h"
 
 static const struct {
     const char *name;

@@ -5,7 +5,9 @@
  * frame between libmilter and the application's own callback.
  */
 
-#include "milter.h"
+#include "decoder.h"
+
+#include "call.h"
 
 /* The values of a call on their way; args[0] is room for vectorcall, args[1] the filter object. */
 typedef struct {
@@ -88,15 +90,38 @@ decode_by(Decoded *decoded, PyObject *strategy, PyObject *const *values, Py_ssiz
     return true;
 }
 
-/* The strategy is worked out by Base when it is first needed, and kept in the object. */
+/* The strategy of each callback is worked out when it is first needed, as subclasses and instances
+ * may replace the method, and kept in an attribute of the object; None stands for not yet. */
+static const char *const strategies[] = {"_envfrom_errors", "_envrcpt_errors", "_header_errors"};
+
+/* Which strategy a callback asks for is an attribute of the function; it is set by @decode. */
+#define DECODE_MARK "error_strategy"
+#define DEFAULT_STRATEGY "surrogateescape"
+
 static PyObject *
-strategy_of(PyObject *self, PyObject *kept_in, PyObject *callback)
+work_out_strategy(PyObject *self, PyObject *callback, PyObject *kept_in)
+{
+    PyObject *method = PyObject_GetAttr(self, callback);
+    PyObject *strategy = method == NULL ? NULL : PyObject_GetAttrString(method, DECODE_MARK);
+
+    if (method != NULL && strategy == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Clear();
+        strategy = PyUnicode_FromString(DEFAULT_STRATEGY);
+    }
+    Py_XDECREF(method);
+    if (strategy != NULL && PyObject_SetAttr(self, kept_in, strategy) < 0) {
+        Py_CLEAR(strategy);
+    }
+    return strategy;
+}
+
+static PyObject *
+strategy_of(PyObject *self, PyObject *callback, PyObject *kept_in)
 {
     PyObject *strategy = PyObject_GetAttr(self, kept_in);
 
     if (strategy == Py_None) {
-        Py_SETREF(strategy,
-                  PyObject_CallMethodObjArgs(self, filter.state->names[ERRORS_OF], callback, NULL));
+        Py_SETREF(strategy, work_out_strategy(self, callback, kept_in));
     }
     if (strategy != NULL && !PyUnicode_Check(strategy)) {
         PyErr_Format(PyExc_TypeError, "the decoding strategy must be str, not %.100s",
@@ -111,15 +136,15 @@ static PyObject *
 call_text_form(PyObject *self, enum name callback, enum name kept_in, PyObject *const *values,
                Py_ssize_t count, Py_ssize_t as_is)
 {
-    PyObject **names, *strategy, *result = NULL;
+    PyObject **names_of, *strategy, *result = NULL;
     Decoded decoded;
 
-    if (filter.state == NULL) {
+    if (active_module == NULL) {
         PyErr_SetString(PyExc_RuntimeError, "the module milter is gone");
         return NULL;
     }
-    names = filter.state->names;
-    strategy = strategy_of(self, names[kept_in], names[callback]);
+    names_of = active_module->names;
+    strategy = strategy_of(self, names_of[callback], names_of[kept_in]);
     if (strategy == NULL || !make_room(&decoded, count)) {
         Py_XDECREF(strategy);
         return NULL;
@@ -128,7 +153,7 @@ call_text_form(PyObject *self, enum name callback, enum name kept_in, PyObject *
     keep_values(&decoded, values, as_is);
     if (decode_by(&decoded, strategy, values + as_is, count - as_is)) {
         result =
-            PyObject_VectorcallMethod(names[callback], decoded.args + 1,
+            PyObject_VectorcallMethod(names_of[callback], decoded.args + 1,
                                       ((size_t)count + 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     }
     drop_values(&decoded, 0);
@@ -233,9 +258,22 @@ static PyType_Slot decoder_slots[] = {
     {0, NULL},
 };
 
-PyType_Spec decoder_spec = {
+static PyType_Spec decoder_spec = {
     .name = "milter._Decoder",
     .basicsize = sizeof(PyObject),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .slots = decoder_slots,
 };
+
+PyObject *
+make_decoder_type(PyObject *module)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, &decoder_spec, NULL);
+
+    for (size_t i = 0; type != NULL && i < Py_ARRAY_LENGTH(strategies); i++) {
+        if (PyObject_SetAttrString(type, strategies[i], Py_None) < 0) {
+            Py_CLEAR(type);
+        }
+    }
+    return type;
+}

@@ -1,53 +1,301 @@
 /* The life of a filter, from main() to the end of the process.
  *
- * main() runs libmilter's listener on a thread of its own and waits in poll() for a reason to
- * stop.  libmilter's own way to stop is not used: it cuts messages in progress, takes up to
- * five seconds and removes whatever then stands at the socket's path.  Instead:
+ * main() has the engine serve on threads of its own and waits in poll() for a reason to stop. Then:
  *
- *  1. The listening descriptor is replaced by one that nobody can reach, and the unix
- *     socket is removed if it is still ours.
+ *  1. The unix socket is removed if it is still ours, and the engine stops accepting.
  *  2. New messages are refused (451 4.3.2); those in progress may end, up to the deadline.
- *  3. The connections are shut down for reading.  libmilter still writes the replies that it
- *     owes, then sees the end of each connection and calls close.
- *  4. libmilter's threads stay asleep until the process ends; smfi_main() does not return.
+ *  3. The engine ends the connections: it still writes the replies that it owes, and calls close.
  */
 
-#include "milter.h"
+#include "lifecycle.h"
 
-static bool
-stop_is_wanted(void)
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "call.h"
+#include "clock.h"
+#include "context.h"
+#include "crew.h"
+#include "engine/choice.h"
+#include "process.h"
+#include "report.h"
+#include "signals.h"
+#include "socket.h"
+#include "threads.h"
+#include "wake.h"
+#include "workers.h"
+
+#define BEAT_MILLISECONDS 200 /* at least this often a drain shows that it is alive */
+#define QUIET_SECONDS 1.0     /* for which nobody comes before a filter that was handed over ends */
+#define COMFORTABLE_FILES 1024 /* below this soft limit accept() may run out of descriptors */
+
+/* ------------------------------------------------------------------ its phases */
+
+static atomic_int phase; /* changed under LOCK_STATE(), or by the thread that is in main() */
+enum { SETTING_UP, SOCKET_OPEN, STARTING, RUNNING, STOPPED };
+
+static atomic_bool stopped_listening;
+static double last_connection; /* when there was one, after the handing over */
+
+bool
+is_setting_up(void)
 {
-    return atomic_load(&filter.stop_wanted) || atomic_load(&filter.listener_ended) ||
-           atomic_load(&filter.forked);
+    return phase == SETTING_UP;
 }
 
+bool
+is_running(void)
+{
+    return phase == STARTING || phase == RUNNING;
+}
+
+/* _is_running(): is a thread in main()? */
+PyObject *
+tell_if_running(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyBool_FromLong(is_running());
+}
+
+static atomic_bool signals_left; /* to the program: main() takes none */
+
+/* _leave_signals(on) */
+PyObject *
+leave_signals(PyObject *Py_UNUSED(module), PyObject *value)
+{
+    int on = PyObject_IsTrue(value);
+
+    if (on < 0) {
+        return NULL;
+    }
+    atomic_store(&signals_left, on);
+    Py_RETURN_NONE;
+}
+
+PyObject *
+out_of_order(module_state *state, const char *call, const char *why)
+{
+    PyErr_Format(state->error, "%s: %s", call, why);
+    return NULL;
+}
+
+bool
+check_not_running(module_state *state, const char *call)
+{
+    return !is_running() || out_of_order(state, call, "not while main() runs") != NULL;
+}
+
+/* Why the phase STARTING may not be claimed from this one. */
+static const char *
+why_no_start(int before, bool opens, bool named)
+{
+    return opens && before != SETTING_UP ? "the socket is open already"
+           : before == STARTING || before == RUNNING
+               ? "it runs already; there is one filter to a process"
+           : before == STOPPED && !is_libmilter()
+               ? "callbacks of the filter that was stopped have not returned"
+           : before == STOPPED ? "libmilter cannot start again in a process where it was stopped"
+           : named             ? "call setconn() first"
+                               : "call register() first";
+}
+
+/* Claim the phase STARTING for `call`, which `opens` the socket; the phase before, or -1 with an
+ * exception set. */
+static int
+claim_start(module_state *state, const char *call, bool opens)
+{
+    bool named, may_start;
+    int before;
+
+    LOCK_STATE();
+    before = phase;
+    named = state->name != NULL;
+    may_start =
+        (before == SETTING_UP || (before == SOCKET_OPEN && !opens)) && named && has_socket_name();
+    if (may_start) {
+        phase = STARTING; /* before anything lets another thread run */
+        if (before == SETTING_UP) {
+            atomic_store(&stopped_listening, false); /* a socket will be opened */
+        }
+    }
+    UNLOCK_STATE();
+    if (may_start) {
+        return before;
+    }
+    out_of_order(state, call, why_no_start(before, opens, named));
+    return -1;
+}
+
+void
+activate(module_state *state)
+{
+    if (active_module == NULL || phase != STOPPED) {
+        active_module = state;
+    }
+}
+
+/* Not when it is set, as a program may choose by itself. */
+static bool
+is_engine_known(module_state *state)
+{
+    if (unknown_engine() != NULL) {
+        PyErr_Format(state->invalid_argument,
+                     "PYMILTER_ENGINE in the environment must be " ENGINE_NAMES ", not '%.80s'",
+                     unknown_engine());
+        return false;
+    }
+    return true;
+}
+
+int
+open_before_main(module_state *state, bool remove_old)
+{
+    if (claim_start(state, "opensocket", true) < 0) {
+        return -1;
+    }
+    if (!is_engine_known(state) || open_socket(state, remove_old) < 0) {
+        phase = SETTING_UP;
+        return -1;
+    }
+    phase = SOCKET_OPEN;
+    return 0;
+}
+
+PyObject *
+share_open_socket(PyObject *module, PyObject *value)
+{
+    return share_socket(module, value, phase == SOCKET_OPEN);
+}
+
+/* _listening_socket(): a duplicate of the listening socket, for another process, which is not
+ * shut down with this one. */
+PyObject *
+duplicate_listener(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    static bool prepared;
+    module_state *state = PyModule_GetState(module);
+    int code = 0, fd;
+
+    /* In a hurry it is asked for between the service manager's READY=1 and the first callback. */
+    if (phase == SETTING_UP || phase == STOPPED || listening_socket() < 0) {
+        return out_of_order(state, "_listening_socket", "not now");
+    }
+    if (!prepared && !is_place_in_crew(0)) { /* else the crew has seen to it */
+        code = engine->prepare_share();
+    }
+    prepared = code == 0;
+    fd = code == 0 ? fcntl(listening_socket(), F_DUPFD_CLOEXEC, 3) : -1;
+    if (fd < 0) {
+        raise_os_error(state, code != 0 ? code : errno, "cannot share", "the listening socket", "");
+        return NULL;
+    }
+    return PyLong_FromLong(fd);
+}
+
+/* _accepts(): may a new connection still come to this process, or to one of its workers? */
+PyObject *
+accepts_connections(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyBool_FromLong(is_place_in_crew(0) ? crew_serves() : !atomic_load(&stopped_listening));
+}
+
+/* _hand_over(milliseconds): another process serves the socket from now on, and removes its path.
+ * Once stopped, this one goes on for so long with the connections that it has. */
+PyObject *
+hand_over_socket(PyObject *Py_UNUSED(module), PyObject *value)
+{
+    long milliseconds = PyLong_AsLong(value);
+
+    if (milliseconds == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (milliseconds > 0) {
+        forget_unix_socket();
+    }
+    set_patience((int)Py_MAX(0, Py_MIN(milliseconds, INT_MAX / 2)));
+    wake_main();
+    Py_RETURN_NONE;
+}
+
+void
+set_drain_timeout(int wanted)
+{
+    atomic_store(&process_flags.drain_ms, wanted);
+    share_drain_timeout(wanted);
+}
+
+/* ------------------------------------------------- what the engine tells and asks */
+
+static atomic_bool engine_ended;
+static atomic_int engine_result;
+static bool engine_failed; /* and nobody had asked for a stop */
+
+static void
+note_end_of_engine(int result)
+{
+    atomic_store(&engine_result, result);
+    atomic_store(&engine_ended, true);
+    wake_main();
+}
+
+const struct engine_hooks engine_hooks = {
+    .enter = enter_python,
+    .leave = leave_python,
+    .parallel = callbacks_at_once,
+    .release = release_python,
+    .reacquire = reacquire_python,
+    .thread_ends = give_back_thread_state,
+    .ended = note_end_of_engine,
+    .hung_up = cancel_callback,
+    .log = log_later,
+};
+
+/* --------------------------------------------------------------------- waiting */
+
+static bool
+has_reason_to_stop(void)
+{
+    return stop_is_wanted() || atomic_load(&engine_ended) || is_forked();
+}
+
+/* And callbacks that wait, be it before a message. */
 static bool
 messages_are_done(void)
 {
-    return atomic_load(&filter.messages) == 0;
+    return take_census().messages == 0 && callbacks_that_wait() == 0;
 }
 
 static bool
 gate_is_empty(void)
 {
-    return atomic_load(&filter.inside) == 0;
+    return threads_inside() == 0;
 }
 
 /* And the threads that closed them are out of Python again. */
 static bool
 contexts_are_closed(void)
 {
-    unsigned long deleted = atomic_load(&filter.deleted); /* first: it never gets ahead */
+    Census census = take_census();
 
-    return deleted == atomic_load(&filter.created) && gate_is_empty();
+    return census.deleted == census.created && gate_is_empty();
 }
 
-static int
-milliseconds_until(double deadline)
+/* Sleep until main() is woken or the time is over. */
+static void
+sleep_in_poll(int timeout)
 {
-    double left = deadline - monotonic_now();
+    struct pollfd wait = {.fd = main_pipe_reader(), .events = POLLIN};
+    char bytes[64];
+    ssize_t count;
 
-    return left <= 0 ? 0 : left > 1e6 ? 1000000000 : (int)(left * 1000) + 1;
+    if (engine->wait(&wait, 1, timeout) > 0) {
+        while ((count = read(wait.fd, bytes, sizeof bytes)) > 0) {
+            forward_signals(bytes, count);
+        }
+    }
 }
 
 /* Wait until `done`, or for the deadline (< 0: none).  Python's signal handlers run meanwhile;
@@ -55,179 +303,146 @@ milliseconds_until(double deadline)
 static bool
 wait_until(module_state *state, bool (*done)(void), double deadline)
 {
-    char bytes[64];
-    ssize_t count;
-
     while (!done()) {
         int timeout = deadline < 0 ? -1 : Py_MIN(milliseconds_until(deadline), BEAT_MILLISECONDS);
-        struct pollfd wait = {.fd = filter.pipe[0], .events = POLLIN};
         /* First, as a signal may have come before Python knew of the pipe. */
         if (PyErr_CheckSignals() < 0) {
             stop_with_exception(state);
             continue;
         }
-        if (atomic_load(&filter.forked)) {
+        if (is_forked()) {
             return true; /* a handler forked, and this is the child */
         }
+        log_what_waits();
         if (timeout == 0) {
             return false;
         }
         Py_BEGIN_ALLOW_THREADS
-        if (poll_and_tend_pool(&wait, timeout) > 0) {
-            while ((count = read(filter.pipe[0], bytes, sizeof bytes)) > 0) {
-                forward_signals(bytes, count);
-            }
-        }
+        sleep_in_poll(timeout);
         Py_END_ALLOW_THREADS
-        atomic_fetch_add(&filter.beat, 1);
+        show_sign_of_life();
     }
     return true;
+}
+
+/* -------------------------------------------------------------------- stopping */
+
+/* First the path, as while our socket lives, nobody else has its inode. */
+static void
+stop_listening(void)
+{
+    if (atomic_load(&stopped_listening)) {
+        return;
+    }
+    remove_unix_socket();
+    Py_BEGIN_ALLOW_THREADS
+    engine->stop_accepting();
+    Py_END_ALLOW_THREADS
+    atomic_store(&stopped_listening, true);
+}
+
+/* The engine's end; the phase in which the process is then.  Its threads give back what they have
+ * of Python as they end, so they have to get in. */
+static int
+finish_engine(void)
+{
+    bool anew;
+
+    Py_BEGIN_ALLOW_THREADS
+    anew = engine->finish();
+    Py_END_ALLOW_THREADS
+    return anew && !is_forked() ? SETTING_UP : STOPPED;
+}
+
+/* Where it may serve again, what was asked of it is done. */
+static void
+enter_phase(int next)
+{
+    if (next == SETTING_UP) {
+        atomic_store(&process_flags.stop_wanted, false);
+        atomic_store(&process_flags.draining, false);
+        atomic_store(&engine_ended, false);
+    }
+    phase = next;
+}
+
+/* main() was stopped before the engine ran. */
+static void
+end_before_start(void)
+{
+    phase = STOPPED;
+    stop_listening();
+    enter_phase(finish_engine());
+}
+
+/* Tell the loop of coroutines, where there is one. */
+static void
+tell_coroutines(const char *function)
+{
+    PyObject *modules = PyImport_GetModuleDict();
+    PyObject *module = Py_XNewRef(PyDict_GetItemString(modules, "Milter._async"));
+    PyObject *done = module == NULL ? NULL : PyObject_CallMethod(module, function, NULL);
+
+    if (module != NULL && done == NULL) {
+        PyErr_WriteUnraisable(module);
+    }
+    Py_XDECREF(done);
+    Py_XDECREF(module);
+}
+
+/* Another generation accepts by now: is there nobody left here to be served, or no more time? */
+static bool
+is_deserted(void)
+{
+    if (patience() == 0 || atomic_load(&engine_ended)) {
+        return true;
+    }
+    if (!contexts_are_closed()) {
+        last_connection = monotonic_now();
+    }
+    /* One that was accepted at the last moment has no context before it speaks. */
+    return monotonic_now() >= last_connection + QUIET_SECONDS;
 }
 
 /* Steps 1 to 3 of the comment above. */
 static void
 drain(module_state *state)
 {
-    double deadline = monotonic_now() + drain_seconds();
-    LocalAddress local = {0};
+    double deadline;
 
-    if (atomic_load(&filter.forked)) {
+    if (is_forked()) {
         return; /* sockets and connections are the parent's */
     }
-    atomic_store(&filter.draining, true);
-    stop_listening(&local);
-    if (!wait_until(state, messages_are_done, deadline)) {
+    if (patience() > 0) {
+        stop_listening();
+        last_connection = monotonic_now();
+        wait_until(state, is_deserted, last_connection + patience() / 1000.0);
+        if (is_forked()) {
+            return;
+        }
+    }
+    deadline = monotonic_now() + drain_seconds();
+    atomic_store(&process_flags.draining, true);
+    stop_listening();
+    if (!wait_until(state, messages_are_done, deadline) && take_census().messages > 0) {
         log_record("warning",
                    PyUnicode_FromFormat("stopped with %ld messages still in progress after %d s",
-                                        atomic_load(&filter.messages), (int)drain_seconds()),
+                                        take_census().messages, (int)drain_seconds()),
                    NULL);
     }
-    if (atomic_load(&filter.forked)) {
+    if (is_forked()) {
         return;
     }
-    end_connections(&local);
-    if (!atomic_load(&filter.listener_ended)) {
+    tell_coroutines("cancel_all");
+    Py_BEGIN_ALLOW_THREADS
+    engine->end();
+    Py_END_ALLOW_THREADS
+    if (!atomic_load(&engine_ended)) {
         wait_until(state, contexts_are_closed, monotonic_now() + CLOSE_SECONDS);
     }
 }
 
-/* libmilter's threads inherit this mask.  It is set in the new thread, which besides waits until
- * its maker is out of pthread_create(): a signal that came while the maker blocked signals, as
- * pthread_create() does too, would wait for libmilter's signal thread and be taken by it. */
-static sigset_t libmilter_mask;
-static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
-
-static void *
-run_libmilter(void *Py_UNUSED(arg))
-{
-    pthread_sigmask(SIG_SETMASK, &libmilter_mask, NULL);
-    be_listener();
-    pthread_mutex_lock(&starting);
-    pthread_mutex_unlock(&starting);
-    atomic_store(&filter.result, smfi_main());
-    atomic_store(&filter.listener_ended, true);
-    wake_main();
-    return NULL;
-}
-
-/* libmilter takes the default size of stacks, which is 128 KiB with musl, and what `ulimit -s` says
- * with glibc; Python's limit of recursion relies on more. */
-static void
-ensure_stack(void)
-{
-#ifdef __linux__
-    pthread_attr_t defaults;
-    size_t size;
-
-    if (pthread_getattr_default_np(&defaults) != 0) {
-        return;
-    }
-    if (pthread_attr_getstacksize(&defaults, &size) == 0 && size < LEAST_STACK &&
-        pthread_attr_setstacksize(&defaults, LEAST_STACK) == 0) {
-        pthread_setattr_default_np(&defaults);
-    }
-    pthread_attr_destroy(&defaults);
-#endif
-}
-
-/* libmilter's threads block every signal that a program handles; a thread that comes to run a
- * callback goes back to the mask of the one that called main(). */
-static int
-start_libmilter(module_state *state)
-{
-    pthread_t thread;
-    pthread_attr_t attributes;
-    int code;
-
-    fill_but_faults(&libmilter_mask);
-    ensure_stack();
-    prepare_parking(&libmilter_mask);
-    prepare_door(&libmilter_mask);
-    pthread_sigmask(SIG_SETMASK, NULL, &filter.mask);
-    pthread_attr_init(&attributes);
-    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    pthread_mutex_lock(&filter.startup);
-    pthread_mutex_lock(&starting);
-    code = pthread_create(&thread, &attributes, run_libmilter, NULL);
-    pthread_mutex_unlock(&starting);
-    pthread_attr_destroy(&attributes);
-    if (code == 0) {
-        Py_BEGIN_ALLOW_THREADS
-        park_signal_thread();
-        Py_END_ALLOW_THREADS
-    }
-    pthread_mutex_unlock(&filter.startup);
-    if (code != 0) {
-        cancel_parking();
-        return raise_os_error(state, code, "cannot start", "libmilter's thread", "");
-    }
-    return 0;
-}
-
-/* A pipe to wake poll() by; no matter how much is written to it. */
-bool
-open_wake_pipe(int ends[2])
-{
-#ifdef SOCK_CLOEXEC /* where there is this, there is also pipe2() */
-    return pipe2(ends, O_NONBLOCK | O_CLOEXEC) == 0;
-#else
-    if (pipe(ends) < 0) {
-        return false;
-    }
-    for (int i = 0; i < 2; i++) {
-        fcntl(ends[i], F_SETFL, O_NONBLOCK);
-        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
-    }
-    return true;
-#endif
-}
-
-int
-open_pipe(module_state *state)
-{
-    static bool hooked;
-    static bool prepared;
-    int ends[2];
-
-    if (filter.pipe[0] < 0) {
-        if (!open_wake_pipe(ends)) {
-            return raise_os_error(state, errno, "cannot create", "a pipe", "");
-        }
-        filter.pipe[0] = ends[0];
-        filter.pipe[1] = ends[1];
-    }
-    prepared = prepared || prepare_threads();
-    hooked = hooked || (prepared && pthread_atfork(NULL, NULL, give_back_signals) == 0);
-    return hooked ? 0 : raise_os_error(state, EAGAIN, "cannot prepare", "threads", "");
-}
-
-static bool
-main_runs(void)
-{
-    return filter.phase == STARTING || filter.phase == RUNNING;
-}
-
-/* Registered with atexit: the interpreter goes, libmilter's threads stay.  A filter that runs
+/* Registered with atexit: the interpreter goes, the engine's threads stay.  A filter that runs
  * on another thread drains first; then nobody enters Python any more. */
 PyObject *
 close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
@@ -235,9 +450,9 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
     module_state *state = PyModule_GetState(module);
     double deadline = monotonic_now() + drain_seconds() + CLOSE_SECONDS + 1;
 
-    if (main_runs()) {
-        atomic_store(&filter.stop_wanted, true);
-        while (main_runs() && monotonic_now() < deadline) {
+    if (is_running()) {
+        ask_to_stop();
+        while (is_running() && monotonic_now() < deadline) {
             if (PyErr_CheckSignals() < 0) {
                 stop_with_exception(state); /* enough of waiting */
                 break;
@@ -248,45 +463,76 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
             Py_END_ALLOW_THREADS
         }
     }
-    atomic_store(&filter.gate_closed, true);
-    if (!atomic_load(&filter.forked)) {
+    shut_gate();
+    if (!is_forked()) {
         wait_until(state, gate_is_empty, monotonic_now() + 1);
     }
     Py_RETURN_NONE;
 }
 
-/* Registered with os.register_at_fork: the filter is the parent's.  libmilter's threads are not
+/* Registered with os.register_at_fork: the filter is the parent's.  The engine's threads are not
  * here, so nothing will end what they began, and the socket is not ours to remove. */
 PyObject *
 after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return_wakeup_fd();
 #ifdef Py_GIL_DISABLED
-    filter.guard = (PyMutex){0}; /* its holder may not have been forked */
+    state_guard = (PyMutex){0}; /* its holder may not have been forked */
 #endif
-    filter.phase = STOPPED;
-    for (int i = 0; i < 2; i++) {
-        if (filter.pipe[i] >= 0) {
-            close(filter.pipe[i]); /* what is written there is for the parent */
-            filter.pipe[i] = -1;
-        }
-    }
-    release_descriptors();
-    drop_sockets();
-    free(filter.path);
-    filter.path = NULL;
-    atomic_store(&filter.gate_closed, true);
-    atomic_store(&filter.inside, 0);
-    atomic_store(&filter.forked, true);
+    phase = STOPPED;
+    close_main_pipe();
+    engine->forget();
+    forget_unix_socket();
+    forget_threads();
+    atomic_store(&process_flags.forked, true);
     forget_supervisor();
     Py_RETURN_NONE;
 }
 
-/* Have the interpreter call us when it exits, and in the children that it forks. */
-int
+/* -------------------------------------------------------------------- starting */
+
+/* Have the interpreter call us in the children that it forks. */
+static bool
+hook_forks(PyObject *module)
+{
+    PyObject *os = PyImport_ImportModule("os");
+    PyObject *hook = os == NULL ? NULL : PyObject_GetAttrString(os, "register_at_fork");
+    PyObject *function =
+        hook == NULL ? NULL : PyObject_GetAttrString(module, "_after_fork_in_child");
+    PyObject *keywords =
+        function == NULL ? NULL : Py_BuildValue("{sN}", "after_in_child", function);
+    PyObject *none = keywords == NULL ? NULL : PyTuple_New(0);
+    PyObject *done = none == NULL ? NULL : PyObject_Call(hook, none, keywords);
+    bool hooked = done != NULL;
+
+    Py_XDECREF(done);
+    Py_XDECREF(none);
+    Py_XDECREF(keywords);
+    Py_XDECREF(hook);
+    Py_XDECREF(os);
+    return hooked;
+}
+
+/* Have the interpreter call us when it exits. */
+static bool
+hook_exit(PyObject *module)
+{
+    PyObject *atexit = PyImport_ImportModule("atexit");
+    PyObject *function = atexit == NULL ? NULL : PyObject_GetAttrString(module, "_close_gate");
+    PyObject *done =
+        function == NULL ? NULL : PyObject_CallMethod(atexit, "register", "O", function);
+    bool hooked = done != NULL;
+
+    Py_XDECREF(done);
+    Py_XDECREF(function);
+    Py_XDECREF(atexit);
+    return hooked;
+}
+
+static int
 hook_interpreter(PyObject *module, module_state *state)
 {
-    PyObject *threading, *atexit, *os, *function, *hook = NULL, *keywords = NULL, *done = NULL;
+    PyObject *threading;
 
     if (state->hooked) {
         return 0;
@@ -297,34 +543,35 @@ hook_interpreter(PyObject *module, module_state *state)
         return -1;
     }
     Py_DECREF(threading);
-    atexit = PyImport_ImportModule("atexit");
-    os = atexit == NULL ? NULL : PyImport_ImportModule("os");
-    if (os == NULL) {
-        Py_XDECREF(atexit);
-        return -1;
-    }
-    hook = PyObject_GetAttrString(os, "register_at_fork");
-    function = hook == NULL ? NULL : PyObject_GetAttrString(module, "_after_fork_in_child");
-    keywords = function == NULL ? NULL : Py_BuildValue("{sN}", "after_in_child", function);
-    function = keywords == NULL ? NULL : PyObject_GetAttrString(module, "_close_gate");
-    if (function != NULL) {
-        PyObject *none = PyTuple_New(0);
-        done = none == NULL ? NULL : PyObject_Call(hook, none, keywords);
-        Py_XDECREF(none);
-        Py_XSETREF(done,
-                   done == NULL ? NULL : PyObject_CallMethod(atexit, "register", "O", function));
-    }
-    state->hooked = done != NULL;
-    Py_XDECREF(atexit);
-    Py_XDECREF(os);
-    Py_XDECREF(hook);
-    Py_XDECREF(keywords);
-    Py_XDECREF(function);
-    Py_XDECREF(done);
+    state->hooked = hook_forks(module) && hook_exit(module);
     return state->hooked ? 0 : -1;
 }
 
-void
+/* What lasts as long as the process. */
+static int
+prepare_process(module_state *state)
+{
+    static bool hooked;
+
+    if (!open_main_pipe()) {
+        return raise_os_error(state, errno, "cannot create", "a pipe", "");
+    }
+    hooked = hooked || pthread_atfork(NULL, NULL, give_back_signals) == 0;
+    return hooked ? 0 : raise_os_error(state, EAGAIN, "cannot prepare", "threads", "");
+}
+
+/* Nobody else would have the log keep it, so that logging need not be there for this. */
+static void
+tell_which_engine(void)
+{
+    PyObject *modules = PyImport_GetModuleDict();
+
+    if (PyDict_GetItemString(modules, "logging") != NULL) {
+        log_record("info", PyUnicode_FromFormat("the engine is %s", engine->name), NULL);
+    }
+}
+
+static void
 warn_of_few_descriptors(void)
 {
     struct rlimit limit;
@@ -332,27 +579,42 @@ warn_of_few_descriptors(void)
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < COMFORTABLE_FILES) {
         log_record("warning",
                    PyUnicode_FromFormat("the limit of open files is %d; each connection of the MTA "
-                                        "takes one, and libmilter spins when none is left",
-                                        (int)limit.rlim_cur),
+                                        "takes one, and %s when none is left",
+                                        (int)limit.rlim_cur,
+                                        is_libmilter() ? "libmilter spins" : "further ones wait"),
                    NULL);
     }
 }
 
-/* From opening the doors to an empty house. */
-int
+static int
+start_engine(module_state *state)
+{
+    int code;
+
+    Py_BEGIN_ALLOW_THREADS
+    code = engine->run(share_of_worker());
+    Py_END_ALLOW_THREADS
+    return code == 0 ? 0
+                     : raise_os_error(state, code, "cannot start",
+                                      is_libmilter() ? "libmilter's thread" : "a thread", "");
+}
+
+/* Serve until there is a reason to stop, then drain; what was before is put back. */
+static int
 run_filter(module_state *state)
 {
     bool main_thread = borrow_wakeup_fd();
     PyObject *failure = NULL;
-    int started;
+    int started, next = SOCKET_OPEN;
 
-    take_signals(main_thread);
-    filter.phase = RUNNING;
-    reserve_descriptors();
-    started = start_libmilter(state);
+    if (!signals_left) {
+        take_signals(main_thread);
+    }
+    phase = RUNNING;
+    started = start_engine(state);
     if (started == 0) {
         begin_work();
-        wait_until(state, stop_is_wanted, -1);
+        wait_until(state, has_reason_to_stop, -1);
         end_work();
         drain(state);
     }
@@ -360,18 +622,91 @@ run_filter(module_state *state)
         failure = take_exception(); /* what follows must not run with it set */
     }
     return_wakeup_fd();
-    release_descriptors();
-    atomic_store(&filter.drained, started == 0);
+    engine_failed = !stop_is_wanted() && atomic_load(&engine_result) != MI_SUCCESS;
+    if (started == 0) {
+        if (!is_forked()) {
+            tell_coroutines("end");
+        }
+        next = finish_engine();
+    }
+    say_drained(started == 0);
     /* A worker process ends now; who stops its whole group may send it one more until then. */
     if (!is_worker_process()) {
         give_back_signals();
     }
-    filter.phase = started == 0 ? STOPPED : SOCKET_OPEN;
-    if (!atomic_load(&filter.forked)) {
+    enter_phase(next);
+    if (!is_forked()) {
         take_put_off_action();
     }
     if (failure != NULL) {
         raise_exception(failure);
     }
     return started;
+}
+
+/* What a callback or a handler raised to stop the filter is main()'s to raise. */
+static bool
+raise_what_stopped(module_state *state)
+{
+    PyObject *raised;
+
+    LOCK_STATE();
+    raised = state->raised;
+    state->raised = NULL;
+    UNLOCK_STATE();
+    if (raised != NULL) {
+        raise_exception(raised);
+    }
+    return raised != NULL;
+}
+
+/* Run a filter whose socket is open, and judge how it ended. */
+static int
+run_to_the_end(module_state *state)
+{
+    warn_of_few_descriptors();
+    tell_which_engine();
+    let_threads_in();
+    if (run_filter(state) < 0 || raise_what_stopped(state)) {
+        return -1;
+    }
+    if (engine_failed && !is_forked()) {
+        PyErr_SetString(state->error, is_libmilter()
+                                          ? "smfi_main failed; libmilter wrote the reason to syslog"
+                                          : "main: it cannot go on; the log has the reason");
+        return -1;
+    }
+    return PyErr_CheckSignals(); /* a handler that take_put_off_action() called for */
+}
+
+int
+run_main(PyObject *module)
+{
+    module_state *state = PyModule_GetState(module);
+    int before = claim_start(state, "main", false);
+
+    if (before < 0) {
+        return -1;
+    }
+    active_module = state; /* the module may have been loaded anew since */
+    if (stop_is_wanted()) {
+        end_before_start();
+        return 0;
+    }
+    if (before != SOCKET_OPEN && (!is_engine_known(state) || open_socket(state, false) < 0)) {
+        phase = before;
+        return -1;
+    }
+    if (prepare_process(state) < 0 || hook_interpreter(module, state) < 0) {
+        phase = SOCKET_OPEN;
+        return -1;
+    }
+    /* A signal that came meanwhile: nothing after this runs its handler by the way. */
+    if (PyErr_CheckSignals() < 0) {
+        PyObject *raised = take_exception();
+        end_before_start();
+        raise_exception(raised);
+        return -1;
+    }
+    return run_to_the_end(state);
 }

@@ -9,9 +9,13 @@
  * reads them gets the sum over all.
  */
 
-#include "milter.h"
+#include "metrics.h"
 
+#include <errno.h>
 #include <sys/mman.h>
+#include <time.h>
+
+#include "report.h"
 
 #define PLACES 513 /* one for each worker, and one for the process that started them */
 #define VERDICTS (SMFIS_SKIP + 1)
@@ -84,12 +88,10 @@ count_clock(void)
     return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
 }
 
-/* A callback has ended that began at `began`. */
 void
-count_callback(enum stage stage, sfsistat verdict, uint64_t began)
+count_callback(enum stage stage, sfsistat verdict, uint64_t elapsed)
 {
     StageCounters *stage_counters = &own_shard()->stages[stage];
-    uint64_t elapsed = count_clock() - began;
     uint64_t microseconds = elapsed / 1000;
     int bucket = microseconds == 0 ? 0 : 64 - __builtin_clzll(microseconds);
 

@@ -1,27 +1,50 @@
 /* Signals while a filter runs.
  *
- * libmilter blocks HUP, INT and TERM in its threads and has one that waits for them in sigwait()
- * and stops at once, whatever is in progress.  That thread is put to sleep for good as soon as it
- * is there.  So signals reach the program's own threads as if there were no libmilter: Python's
- * handler if the application installed one, on_stop_signal() where the default action, or
+ * They reach the program's own threads: no thread of an engine takes one.  It is Python's handler
+ * that runs if the application installed one, on_stop_signal() where the default action, or
  * Python's KeyboardInterrupt, was in place.
  */
 
-#include "milter.h"
+#include "signals.h"
 
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
 #ifdef __linux__
 #include <sys/syscall.h>
-#include <sched.h>
-#include <ucontext.h>
 #endif
 
-#define STOP_SIGNALS 3
-static const int stop_signals[STOP_SIGNALS] = {SIGTERM, SIGINT, SIGHUP};
+#include "clock.h"
+#include "process.h"
+#include "report.h"
+#include "signal_sets.h"
+#include "wake.h"
+
 static struct sigaction previous_actions[STOP_SIGNALS];
 static bool taken_signals[STOP_SIGNALS];
 
 static atomic_bool action_put_off; /* main() is not on the main thread: the action comes later */
 static atomic_bool held_back;      /* the main thread waits in hold_back() */
+static atomic_int stopped_by;      /* the signal that stopped the filter, or 0 */
+static atomic_bool drained;        /* nothing more will be answered */
+static atomic_ulong beat;          /* counts the rounds of main()'s waiting */
+
+static int wakeup_before; /* the descriptor that the application had set, or -1 */
+static bool wakeup_set;   /* Python writes signals to main()'s pipe */
+
+void
+show_sign_of_life(void)
+{
+    atomic_fetch_add(&beat, 1);
+}
+
+void
+say_drained(bool is_drained)
+{
+    atomic_store(&drained, is_drained);
+}
 
 /* ------------------------------------------------ a signal that stops the filter */
 
@@ -51,21 +74,21 @@ hold_back(int number)
 {
     double end = monotonic_now() + drain_seconds() + CLOSE_SECONDS + 1;
     double last_sign = monotonic_now();
-    unsigned long beat = atomic_load(&filter.beat);
+    unsigned long seen = atomic_load(&beat);
 
     if (atomic_exchange(&held_back, true)) {
         return;
     }
-    while (!atomic_load(&filter.drained) && monotonic_now() < end &&
+    while (!atomic_load(&drained) && monotonic_now() < end &&
            monotonic_now() < last_sign + CLOSE_SECONDS) {
         poll(NULL, 0, 10);
-        if (beat != atomic_load(&filter.beat)) {
-            beat = atomic_load(&filter.beat);
+        if (seen != atomic_load(&beat)) {
+            seen = atomic_load(&beat);
             last_sign = monotonic_now();
         }
     }
     atomic_store(&held_back, false); /* from here on main() takes the action, if it comes first */
-    if (atomic_load(&filter.drained) && atomic_exchange(&filter.signal, 0) != 0) {
+    if (atomic_load(&drained) && atomic_exchange(&stopped_by, 0) != 0) {
         take_action(number);
     }
 }
@@ -86,9 +109,8 @@ on_stop_signal(int number)
     int saved = errno;
     int none = 0;
 
-    atomic_compare_exchange_strong(&filter.signal, &none, number);
-    atomic_store(&filter.stop_wanted, true);
-    wake_main();
+    atomic_compare_exchange_strong(&stopped_by, &none, number);
+    ask_to_stop();
     if (atomic_load(&action_put_off) && main_thread_sleeps()) {
         hold_back(number);
     }
@@ -134,6 +156,8 @@ take_signals(bool on_main_thread)
     struct sigaction action = {.sa_handler = on_stop_signal, .sa_flags = SA_NODEFER};
 
     atomic_store(&action_put_off, !on_main_thread);
+    atomic_store(&stopped_by, 0);
+    atomic_store(&drained, false);
     sigemptyset(&action.sa_mask);
     for (int i = 0; i < STOP_SIGNALS; i++) {
         struct sigaction *previous = &previous_actions[i];
@@ -158,7 +182,6 @@ give_back_signals(void)
     }
 }
 
-/* Take the action of a signal, which was put off until the filter had drained. */
 void
 take_put_off_action(void)
 {
@@ -167,7 +190,7 @@ take_put_off_action(void)
     if (!atomic_load(&action_put_off) || atomic_load(&held_back)) {
         return;
     }
-    number = atomic_exchange(&filter.signal, 0);
+    number = atomic_exchange(&stopped_by, 0);
     if (number != 0) {
         kill(getpid(), number);
     }
@@ -199,14 +222,14 @@ set_wakeup_fd(int fd, bool warn, int *before)
     return old != NULL;
 }
 
-/* Also tells whether this is the main thread: on another one CPython refuses, by ValueError. */
+/* On another thread than the main one CPython refuses, by ValueError. */
 bool
 borrow_wakeup_fd(void)
 {
     bool main_thread;
 
-    filter.wakeup_set = set_wakeup_fd(filter.pipe[1], false, &filter.wakeup_before);
-    main_thread = filter.wakeup_set || !PyErr_ExceptionMatches(PyExc_ValueError);
+    wakeup_set = set_wakeup_fd(main_pipe_writer(), false, &wakeup_before);
+    main_thread = wakeup_set || !PyErr_ExceptionMatches(PyExc_ValueError);
     PyErr_Clear();
     return main_thread;
 }
@@ -214,24 +237,12 @@ borrow_wakeup_fd(void)
 void
 return_wakeup_fd(void)
 {
-    if (filter.wakeup_set) {
+    if (wakeup_set) {
         int ours;
-        filter.wakeup_set = false;
-        if (!set_wakeup_fd(filter.wakeup_before, true, &ours)) {
+        wakeup_set = false;
+        if (!set_wakeup_fd(wakeup_before, true, &ours)) {
             PyErr_Clear(); /* the application's descriptor may be closed by now */
         }
-    }
-}
-
-/* All signals but those that tell of a fault in the program. */
-void
-fill_but_faults(sigset_t *set)
-{
-    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
-
-    sigfillset(set);
-    for (size_t i = 0; i < Py_ARRAY_LENGTH(faults); i++) {
-        sigdelset(set, faults[i]);
     }
 }
 
@@ -322,279 +333,13 @@ await_news(PyObject *Py_UNUSED(module), PyObject *args)
     return !PyErr_Occurred() && run_handlers() ? Py_NewRef(Py_None) : NULL;
 }
 
-/* Pass on to the application's descriptor what Python wrote to ours.  The zeros are our own. */
+/* The zeros are our own. */
 void
 forward_signals(const char *bytes, ssize_t count)
 {
     for (ssize_t i = 0; i < count; i++) {
-        if (bytes[i] != 0 && filter.wakeup_set && filter.wakeup_before >= 0) {
-            (void)!write(filter.wakeup_before, &bytes[i], 1);
+        if (bytes[i] != 0 && wakeup_set && wakeup_before >= 0) {
+            (void)!write(wakeup_before, &bytes[i], 1);
         }
     }
 }
-
-/* ---------------------------------------------------- libmilter's signal thread
- *
- * It is found by what makes it different from all others: it came after smfi_main() was called,
- * and has every signal blocked except those that it waits for (the kernel takes these out of a
- * thread's mask while it is in sigwait) and one that is reserved to park it.  What it took in
- * the moment before is sent again.  Where there is no /proc the thread stays; then it gets a
- * signal that the kernel finds no better thread for.
- */
-
-#ifdef __linux__
-
-#define MAX_TASKS 512
-#define QUICK_ATTEMPTS 200    /* to find the thread, without a pause between them */
-#define PARKING_ATTEMPTS 1200 /* the others a millisecond apart */
-
-#define POKE_INTERVAL 100 /* attempts */
-
-static int park_signal;
-static atomic_bool parked;
-static atomic_int taken_too_soon; /* by the thread, in the moment when it was parked */
-static sigset_t set_aside;        /* pending when main() was called, since they are blocked */
-static long known_tasks[MAX_TASKS];
-static int known_count;
-
-/* What the system call returned that a signal's handler has interrupted. */
-static long
-interrupted_result(const ucontext_t *context)
-{
-#if defined(__x86_64__)
-    return (long)context->uc_mcontext.gregs[REG_RAX];
-#elif defined(__i386__)
-    return context->uc_mcontext.gregs[REG_EAX];
-#elif defined(__aarch64__)
-    return (long)context->uc_mcontext.regs[0];
-#elif defined(__arm__)
-    return (long)context->uc_mcontext.arm_r0;
-#elif defined(__riscv)
-    return (long)context->uc_mcontext.__gregs[REG_A0];
-#elif defined(__s390x__)
-    return (long)context->uc_mcontext.gregs[2];
-#else
-    (void)context;
-    return 0;
-#endif
-}
-
-static void
-park(int Py_UNUSED(number), siginfo_t *Py_UNUSED(info), void *context)
-{
-    long result = interrupted_result(context);
-
-    for (int i = 0; i < STOP_SIGNALS; i++) {
-        if (result == stop_signals[i]) {
-            atomic_store(&taken_too_soon, stop_signals[i]);
-        }
-    }
-    atomic_store(&parked, true);
-    for (;;) {
-        pause(); /* the handler's mask blocks everything */
-    }
-}
-
-/* Call `visit` for every thread of this process until it returns true. */
-static bool
-each_task(bool (*visit)(long task))
-{
-    DIR *directory = opendir("/proc/self/task");
-    struct dirent *entry;
-    bool found = false;
-
-    while (directory != NULL && !found && (entry = readdir(directory)) != NULL) {
-        if (entry->d_name[0] != '.') {
-            found = visit(atol(entry->d_name));
-        }
-    }
-    if (directory != NULL) {
-        closedir(directory);
-    }
-    return found;
-}
-
-static bool
-note_task(long task)
-{
-    known_tasks[known_count++] = task;
-    return known_count == MAX_TASKS;
-}
-
-/* The signals that a thread blocks, bit n - 1 for signal n. */
-static unsigned long long
-blocked_by(long task)
-{
-    char path[64], line[256];
-    unsigned long long blocked = 0;
-    FILE *status;
-
-    snprintf(path, sizeof path, "/proc/self/task/%ld/status", task);
-    status = fopen(path, "re");
-    while (status != NULL && fgets(line, sizeof line, status) != NULL) {
-        if (sscanf(line, "SigBlk: %llx", &blocked) == 1) {
-            break;
-        }
-    }
-    if (status != NULL) {
-        fclose(status);
-    }
-    return blocked;
-}
-
-static bool
-park_if_signal_thread(long task)
-{
-    unsigned long long blocked, waited_for = 0, others = 0;
-
-    for (int i = 0; i < known_count; i++) {
-        if (known_tasks[i] == task) {
-            return false;
-        }
-    }
-    for (int i = 0; i < STOP_SIGNALS; i++) {
-        waited_for |= 1ULL << (stop_signals[i] - 1);
-    }
-    others = 1ULL << (SIGUSR1 - 1) | 1ULL << (SIGUSR2 - 1) | 1ULL << (SIGALRM - 1) |
-             1ULL << (SIGCHLD - 1) | 1ULL << (SIGQUIT - 1);
-    blocked = blocked_by(task);
-    return (blocked & others) == others && (blocked & waited_for) == 0 &&
-           syscall(SYS_tgkill, getpid(), task, park_signal) == 0;
-}
-
-/* Signals that the program blocks may be pending, for whoever will wait for them in the program. */
-static void
-set_pending_aside(void)
-{
-    static const struct timespec at_once;
-    sigset_t one;
-
-    sigpending(&set_aside);
-    for (int i = 0; i < STOP_SIGNALS; i++) {
-        if (sigismember(&set_aside, stop_signals[i])) {
-            sigemptyset(&one);
-            sigaddset(&one, stop_signals[i]);
-            sigtimedwait(&one, NULL, &at_once);
-        }
-    }
-}
-
-static void
-send_again(void)
-{
-    int taken = atomic_load(&taken_too_soon);
-
-    for (int i = 0; i < STOP_SIGNALS; i++) {
-        if (sigismember(&set_aside, stop_signals[i]) || stop_signals[i] == taken) {
-            kill(getpid(), stop_signals[i]);
-        }
-    }
-}
-
-/* Install a handler for the first real-time signal, from the top, that has none; 0: all have. */
-int
-take_free_signal(const struct sigaction *action)
-{
-    struct sigaction current;
-
-    for (int number = SIGRTMAX; number >= SIGRTMIN; number--) {
-        if (sigaction(number, NULL, &current) == 0 && current.sa_handler == SIG_DFL &&
-            sigaction(number, action, NULL) == 0) {
-            return number;
-        }
-    }
-    return 0;
-}
-
-/* Before libmilter's threads start: choose the signal, and open it in their mask. */
-void
-prepare_parking(sigset_t *mask)
-{
-    struct sigaction action = {.sa_sigaction = park, .sa_flags = SA_SIGINFO};
-
-    set_pending_aside();
-    known_count = 0;
-    each_task(note_task);
-    if (known_count == MAX_TASKS) {
-        return; /* the program has more threads than we can tell from libmilter's */
-    }
-    sigfillset(&action.sa_mask);
-    park_signal = take_free_signal(&action);
-    if (park_signal != 0) {
-        sigdelset(mask, park_signal);
-    }
-}
-
-/* libmilter's threads did not come to be. */
-void
-cancel_parking(void)
-{
-    struct sigaction none = {.sa_handler = SIG_DFL};
-
-    if (park_signal != 0) {
-        sigaction(park_signal, &none, NULL);
-        park_signal = 0;
-    }
-    send_again();
-}
-
-void
-park_signal_thread(void)
-{
-    struct sigaction none = {.sa_handler = SIG_DFL};
-    bool sent = false;
-
-    for (int i = 0; park_signal != 0 && i < PARKING_ATTEMPTS; i++) {
-        sent = sent || each_task(park_if_signal_thread);
-        if (atomic_load(&parked) || atomic_load(&filter.listener_ended)) {
-            break;
-        }
-        if (i <= QUICK_ATTEMPTS) {
-            sched_yield();
-        }
-        else {
-            usleep(1000);
-            if (i % POKE_INTERVAL == 0) {
-                poke_listener(); /* the thread may be ending libmilter for a signal */
-            }
-        }
-    }
-    if (park_signal != 0 && (!sent || atomic_load(&parked))) {
-        sigaction(park_signal, &none, NULL); /* else the signal may still arrive */
-    }
-    send_again();
-}
-
-/* A signal may come between the start of the thread and its parking, and be taken by it: then
- * libmilter ends by itself and closes its socket.  There were no messages yet, so that is the
- * clean stop that was asked for. */
-bool
-libmilter_took_signal(void)
-{
-    return park_signal != 0 && !atomic_load(&parked) && !is_listening(filter.listener);
-}
-
-#else
-
-bool
-libmilter_took_signal(void)
-{
-    return false;
-}
-
-void
-cancel_parking(void)
-{
-}
-
-void
-prepare_parking(sigset_t *Py_UNUSED(mask))
-{
-}
-
-void
-park_signal_thread(void)
-{
-}
-
-#endif

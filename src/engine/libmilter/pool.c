@@ -14,14 +14,25 @@
  * shows up in a callback there was nothing, and the next nudge is put off for longer.
  */
 
-#include "milter.h"
+#include "pool.h"
+
+#include <stdatomic.h>
+
+#include "door.h"
+#include "listener.h"
+#include "lost.h"
+#include "wake.h"
 
 #define TICK 5         /* ms */
 #define QUIET_TICKS 40 /* without need of a look, until main() sleeps again */
 #define MAX_NUDGES 16  /* at a time */
 #define MAX_PAUSE 200  /* ticks between nudges that bring nothing */
 
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
 static atomic_bool ticking; /* main() looks at the pool every TICK */
+static atomic_long workers; /* threads of libmilter that have run a callback other than close */
+static atomic_long busy;    /* threads of libmilter that are in a callback, or on the way */
 
 /* What main() remembers from tick to tick. */
 static struct {
@@ -36,30 +47,42 @@ static struct {
 static bool
 all_are_busy(void)
 {
-    long inside = atomic_load(&filter.inside);
+    long in_callbacks = atomic_load(&busy);
 
-    return inside > 0 && inside >= atomic_load(&filter.workers);
+    return in_callbacks > 0 && in_callbacks >= atomic_load(&workers);
 }
 
-/* On the way into a callback. */
 void
-watch_pool(void)
+count_worker(int change)
 {
+    atomic_fetch_add(&workers, change);
+}
+
+void
+enter_pool(void)
+{
+    atomic_fetch_add(&busy, 1);
     if (!atomic_load(&ticking) && all_are_busy() && !atomic_exchange(&ticking, true)) {
         wake_main();
     }
 }
 
+void
+leave_pool(void)
+{
+    atomic_fetch_sub(&busy, 1);
+}
+
 static void
 nudge(void)
 {
-    long workers = atomic_load(&filter.workers);
-    bool helped = watch.nudges > 0 && workers > watch.workers;
+    long now = atomic_load(&workers);
+    bool helped = watch.nudges > 0 && now > watch.workers;
 
-    watch.nudges = helped ? Py_MIN(2 * watch.nudges, MAX_NUDGES) : 1;
-    watch.next_pause = helped ? 1 : Py_MIN(2 * watch.next_pause + 1, MAX_PAUSE);
+    watch.nudges = helped ? MIN(2 * watch.nudges, MAX_NUDGES) : 1;
+    watch.next_pause = helped ? 1 : MIN(2 * watch.next_pause + 1, MAX_PAUSE);
     watch.pause = watch.next_pause;
-    watch.workers = workers;
+    watch.workers = now;
     open_the_door(); /* with several processes on the socket, another may take a nudge */
     for (int i = 0; i < watch.nudges; i++) {
         poke_listener();
@@ -86,21 +109,36 @@ look(void)
     return false;
 }
 
-/* poll() for main(), without the interpreter lock; the pool is looked after meanwhile. */
+/* Look, and decide whether to look again. */
+static void
+tend_pool(void)
+{
+    if (!look()) {
+        atomic_store(&ticking, false);
+        /* A callback that has just begun and found `ticking` set did not wake main(). */
+        if (all_are_busy()) {
+            atomic_store(&ticking, true);
+        }
+    }
+}
+
 int
-poll_and_tend_pool(struct pollfd *wait, int timeout)
+poll_and_tend_pool(struct pollfd *wait, nfds_t count, int timeout)
 {
     int ready = 0;
 
-    while (timeout < 0 && ready == 0 && atomic_load(&ticking)) {
-        ready = poll(wait, 1, TICK);
-        if (!look()) {
-            atomic_store(&ticking, false);
-            /* A callback that was the last to begin may have relied on our looking. */
-            if (all_are_busy()) {
-                atomic_store(&ticking, true);
-            }
+    if (timeout >= 0) {
+        return poll(wait, count, timeout);
+    }
+    while (ready == 0) {
+        look_for_lost_sessions();
+        if (atomic_load(&ticking)) {
+            ready = poll(wait, count, TICK);
+            tend_pool();
+        }
+        else {
+            ready = poll(wait, count, time_to_look());
         }
     }
-    return ready != 0 ? ready : poll(wait, 1, timeout);
+    return ready;
 }

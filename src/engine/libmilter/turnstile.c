@@ -19,17 +19,25 @@
  *    turnstile behind as soon as they have the interpreter lock.
  *
  * Nothing depends on the turnstile but speed: being overtaken, or two threads inside at a
- * time, is no error.  Without a global interpreter lock there is nothing to queue for.
+ * time, is no error.  Without a global interpreter lock there is nothing to queue for, and it is
+ * left out (PYMILTER_TURNSTILE in setup.py).
  */
 
-#include "milter.h"
+#include "turnstile.h"
 
-#ifndef Py_GIL_DISABLED
+#if PYMILTER_TURNSTILE
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+#include <unistd.h>
 
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #endif
+#include "surroundings.h"
+
 #ifdef SYS_futex /* 32-bit systems of late have another one only */
 #define USE_FUTEX 1
 #else
@@ -43,7 +51,8 @@
 #define SLOW_STEP 16   /* what a slow callback adds to its step's score; a quick one takes 1 */
 #define SLOW_LIMIT 64
 
-/* What `holder` is beside the time at which a callback began, in µs, times two, plus one. */
+/* `holder` is NOBODY, or WAITS_FOR_LOCK while a thread that has passed waits for the interpreter
+ * lock, or (start_µs << 1) | 1 while a callback runs that began at start_µs. */
 enum { NOBODY = 0, WAITS_FOR_LOCK = 2 };
 
 static struct {
@@ -68,12 +77,14 @@ microseconds(void)
     return (unsigned)((unsigned long long)now.tv_sec * 1000000 + (unsigned)(now.tv_nsec / 1000));
 }
 
+/* What `holder` is for a callback that begins now. */
 static unsigned
 running_since_now(void)
 {
     return microseconds() << 1 | 1;
 }
 
+/* Microseconds since a callback began, from what `holder` is for it. */
 static unsigned
 age_of(unsigned running)
 {
@@ -92,6 +103,7 @@ relax(void)
 }
 
 #if USE_FUTEX
+
 static void
 sleep_while(unsigned seen, unsigned patience)
 {
@@ -107,6 +119,7 @@ wake_one(void)
     syscall(SYS_futex, &turnstile.holder, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 #else
+
 static pthread_mutex_t bench = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
 
@@ -186,11 +199,10 @@ queue_up(void)
     atomic_fetch_sub(&turnstile.sleepers, 1);
 }
 
-/* Before the interpreter lock is asked for. */
 void
 enter_turnstile(void)
 {
-    if (atomic_load(&filter.forked)) {
+    if (atomic_load(&forked)) {
         return; /* whoever was inside is in the parent */
     }
     if (!take_place_of(NOBODY) && !spin()) {
@@ -198,7 +210,6 @@ enter_turnstile(void)
     }
 }
 
-/* True where this thread was inside. */
 bool
 leave_turnstile(void)
 {
@@ -215,10 +226,9 @@ leave_turnstile(void)
     return true;
 }
 
-/* The interpreter lock is there: the patience of the others begins.  `stage` is OUTSIDE for a
- * callback that comes back from libmilter.  Returns what judge() needs. */
+/* From here on the patience of the others counts. */
 unsigned
-pass_turnstile(int stage)
+pass_turnstile(enum stage stage)
 {
     unsigned now = running_since_now();
 
@@ -227,14 +237,13 @@ pass_turnstile(int stage)
         leave_turnstile();
     }
     else {
-        /* Nobody overtakes a holder that waits for the lock: a plain store will do. */
+        /* WAITS_FOR_LOCK has no age, so that nobody has overtaken us: a plain store will do. */
         atomic_store(&turnstile.holder, now);
         ticket = now;
     }
     return now;
 }
 
-/* Learn from a callback that has ended, where somebody cares; still with the interpreter lock. */
 void
 judge(enum stage stage, unsigned began)
 {
@@ -244,7 +253,7 @@ judge(enum stage stage, unsigned began)
         return;
     }
     score += age_of(began) > SLOW ? SLOW_STEP : -1;
-    score = Py_MAX(0, Py_MIN(score, SLOW_LIMIT));
+    score = score < 0 ? 0 : score > SLOW_LIMIT ? SLOW_LIMIT : score;
     atomic_store_explicit(&slowness[stage], score, memory_order_relaxed);
 }
 

@@ -1,0 +1,1060 @@
+/* The loop of the native engine. */
+
+#include "loop.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "clock.h"
+#include "connection.h"
+#include "listener.h"
+#include "poller.h"
+#include "team.h"
+
+#define TIMEOUT 7210    /* seconds for the MTA's next command: libmilter's */
+#define MOST_DATA 65535 /* bytes in a packet: libmilter's MILTER_CHUNK_SIZE */
+#define ACCEPT_AT_ONCE 16
+#define ACCEPT_PAUSE 1.0         /* seconds, where descriptors or memory have run out */
+#define PATIENCE 0.003           /* seconds for another process to take a connection */
+#define PACKETS_AT_ONCE 64       /* of one connection, while others wait */
+#define HELD_BACK 262144         /* bytes that may wait to be sent before a callback has to wait */
+#define SPIN_NS 50000            /* so long a leader looks before it sleeps */
+#define SPIN_CONNECTIONS 2       /* with so few */
+#define SPIN_CREDIT 8            /* times in a row that it may be in vain */
+#define SLOW_FOR_NS 1000000000LL /* so long a step that was slow is taken for slow */
+#define FINISH_SECONDS 1.0       /* for threads to end */
+#define MOST_LOOPS 64
+
+_Static_assert(SESSION_CUT_OFF == ENGINE_CUT_OFF, "the session passes on what completions return");
+
+static struct smfiDesc filter;
+static const struct engine_hooks *hooks;
+static const struct engine_share *share;
+static atomic_int timeout_seconds = TIMEOUT;
+static atomic_size_t max_data = MOST_DATA;
+
+/* One where callbacks take turns, else one for each processor.  All with the team's lock held. */
+struct loop {
+    struct seat seat; /* first: from a leader to its loop */
+    struct poller *poller;
+    struct connection *all;
+    size_t connections;
+    struct connection *queue, **queue_end;
+    struct connection *served_by_leader;
+    double next_timeout; /* not before then has a connection waited for too long */
+    atomic_bool polling; /* the leader waits, and has to be woken */
+    bool all_told;       /* all that were watched are queued, since they are to end */
+    int spin_credit;
+};
+
+static struct loop loops[MOST_LOOPS];
+static struct seat *seats[MOST_LOOPS];
+static size_t loop_count;   /* that have a leader */
+static size_t poller_count; /* 0: nothing runs */
+static size_t connections;  /* of all loops */
+static bool accepting;
+static bool ending; /* end(): connections are to be closed */
+static bool forked;
+
+/* The first loop accepts for all. */
+static bool listener_watched;
+static double accept_again; /* when the listener is watched again; 0: it is, or is not to be */
+static bool listener_left;  /* to other processes, until then */
+static unsigned long taken; /* by all processes when it was left */
+static bool told_of_shortage;
+
+/* How long the last callback of a kind took, and when. */
+static struct {
+    atomic_llong duration;
+    atomic_llong ended;
+} steps[256];
+
+static char listener_tag, lifeline_tag;
+
+/* ------------------------------------------------------------------------ queue */
+
+static struct loop *
+loop_of(const struct member *leader)
+{
+    return (struct loop *)leader->seat;
+}
+
+static void
+wake_leader(struct loop *loop)
+{
+    if (loop->polling) {
+        loop->polling = false;
+        poller_wake(loop->poller);
+    }
+}
+
+static void
+wake_leaders(void)
+{
+    for (size_t i = 0; i < loop_count; i++) {
+        wake_leader(&loops[i]);
+    }
+}
+
+static void
+enqueue(struct connection *connection)
+{
+    struct loop *loop = connection->loop;
+
+    connection->state = QUEUED;
+    connection->next_queued = NULL;
+    *loop->queue_end = connection;
+    loop->queue_end = &connection->next_queued;
+}
+
+static struct connection *
+dequeue(struct loop *loop)
+{
+    struct connection *first = loop->queue;
+
+    if (first != NULL) {
+        loop->queue = first->next_queued;
+        if (loop->queue == NULL) {
+            loop->queue_end = &loop->queue;
+        }
+    }
+    return first;
+}
+
+/* ----------------------------------------------------------------- connections */
+
+static void
+link_connection(struct loop *loop, struct connection *connection)
+{
+    connection->loop = loop;
+    connection->previous = NULL;
+    connection->next = loop->all;
+    if (loop->all != NULL) {
+        loop->all->previous = connection;
+    }
+    loop->all = connection;
+    loop->connections++;
+    connections++;
+}
+
+static void
+unlink_connection(struct connection *connection)
+{
+    if (connection->previous != NULL) {
+        connection->previous->next = connection->next;
+    }
+    else {
+        connection->loop->all = connection->next;
+    }
+    if (connection->next != NULL) {
+        connection->next->previous = connection->previous;
+    }
+    connection->loop->connections--;
+    connections--;
+}
+
+static void
+unwatch(struct connection *connection)
+{
+    if (connection->watched) {
+        connection->watched = false;
+        poller_remove(connection->loop->poller, connection->fd);
+    }
+}
+
+/* Have the poller wait for what comes next of it.  A connection that it cannot wait for is over. */
+static void
+watch_connection(struct connection *connection)
+{
+    bool writing = connection_unsent(connection) > 0, done = true;
+
+    if (!connection->watched) {
+        done = poller_add(connection->loop->poller, connection->fd, connection, writing, false);
+        connection->watched = done;
+    }
+    else if (writing != connection->writing || connection->end_alone) {
+        done = poller_change(connection->loop->poller, connection->fd, connection, writing);
+    }
+    connection->end_alone = false;
+    connection->writing = writing;
+    if (!done) {
+        connection->at_end = true;
+        connection->session.broken = true;
+        enqueue(connection);
+    }
+}
+
+/* Its callback is suspended: what comes of it waits, but that its MTA hangs up is of interest. */
+static void
+watch_for_end(struct connection *connection)
+{
+    connection->state = SUSPENDED;
+    if (connection->hung_up) {
+        unwatch(connection);
+        return;
+    }
+    connection->watched =
+        poller_watch_end(connection->loop->poller, connection->fd, connection, connection->watched);
+    connection->end_alone = connection->watched;
+    connection->writing = false;
+}
+
+/* Closed connections make room for new ones. */
+static void
+destroy(struct connection *connection)
+{
+    unwatch(connection);
+    unlink_connection(connection);
+    connection_free(connection);
+    if (accept_again != 0 && !listener_left) {
+        accept_again = 1; /* at once */
+        wake_leader(&loops[0]);
+    }
+}
+
+/* ------------------------------------------------------------ serving connections */
+
+static bool
+is_slow(char command)
+{
+    return atomic_load(&steps[(unsigned char)command].duration) > LATE_NS &&
+           clock_ns() - atomic_load(&steps[(unsigned char)command].ended) < SLOW_FOR_NS;
+}
+
+/* The leader goes on with this connection alone: others shall be served meanwhile. */
+static void
+leave_lead(struct connection *connection)
+{
+    if (hand_over(&connection->loop->seat, connections + loop_count)) {
+        unwatch(connection);
+    }
+}
+
+static void
+begin_callback(struct member *self, struct connection *connection, char command)
+{
+    if (is_slow(command)) {
+        pthread_mutex_lock(&team_lock);
+        if (is_leader(self)) {
+            leave_lead(connection);
+        }
+        pthread_mutex_unlock(&team_lock);
+    }
+    self->command = command;
+    atomic_store(&self->began, clock_ns());
+}
+
+static void
+end_callback(struct member *self)
+{
+    long long now = clock_ns(), began = atomic_exchange(&self->began, 0);
+    unsigned char command = (unsigned char)self->command;
+
+    if (now - began > LATE_NS || atomic_load(&steps[command].duration) > LATE_NS) {
+        atomic_store(&steps[command].duration, now - began);
+        atomic_store(&steps[command].ended, now);
+    }
+}
+
+/* With the lock held. */
+static void
+lead_is_late(struct seat *seat)
+{
+    struct connection *served = ((struct loop *)seat)->served_by_leader;
+
+    if (served != NULL) {
+        leave_lead(served);
+    }
+}
+
+static enum session_result
+next_step(struct member *self, struct connection *connection)
+{
+    struct packet packet;
+    enum session_result result;
+
+    if (connection->session.suspended) {
+        engine_completion complete = connection->suspended.complete;
+
+        connection->suspended.complete = NULL;
+        begin_callback(self, connection, connection->session.command);
+        result = session_complete(&connection->session, complete, connection->suspended.data);
+        end_callback(self);
+        return result;
+    }
+    switch (inbox_take(&connection->inbox, connection->session.max_data, &packet)) {
+    case PACKET_NOT_YET:
+        return SESSION_GOES_ON;
+    case PACKET_BAD:
+        hooks->log("error", "a packet without a command, or too large; the connection is closed");
+        return SESSION_ENDS;
+    case PACKET_THERE:
+        break;
+    }
+    if (!session_calls(&connection->session, &packet)) {
+        return session_take(&connection->session, &packet);
+    }
+    begin_callback(self, connection, packet.command);
+    result = session_take(&connection->session, &packet);
+    end_callback(self);
+    return result;
+}
+
+static bool
+has_packet(const struct connection *connection)
+{
+    return inbox_ready(&connection->inbox, connection->session.max_data);
+}
+
+/* Is there something to do for it, with what has come? */
+static bool
+has_work(const struct connection *connection)
+{
+    if (connection->session.suspended) {
+        return connection->suspended.complete != NULL;
+    }
+    return connection->at_end || has_packet(connection) || connection->session.state == STATE_ENDED;
+}
+
+/* Its MTA has hung up while its callback is suspended: the filter need not go on. */
+static void
+tell_of_hang_up(struct connection *connection)
+{
+    if (connection->hung_up && !connection->told && hooks->hung_up != NULL) {
+        connection->told = true;
+        hooks->hung_up(&connection->session);
+    }
+}
+
+/* Run its callbacks, as many as can be; false where it is over. */
+static bool
+serve(struct member *self, struct connection *connection)
+{
+    for (int count = 0; count < PACKETS_AT_ONCE; count++) {
+        bool resumed = connection->session.suspended;
+
+        if (resumed && connection->suspended.complete == NULL) {
+            tell_of_hang_up(connection);
+            return true;
+        }
+        if (!resumed && !has_packet(connection)) {
+            break;
+        }
+        if (!resumed && connection_unsent(connection) > 0) {
+            return true; /* the MTA does not take what it asked for */
+        }
+        switch (next_step(self, connection)) {
+        case SESSION_GOES_ON:
+            connection_send(connection);
+            break;
+        case SESSION_SUSPENDED:
+            return true; /* from here on the outbox is whose who completes it */
+        case SESSION_ENDS:
+            connection_send(connection);
+            return false;
+        }
+    }
+    return !connection->at_end || has_packet(connection);
+}
+
+/* The end of a connection, with the callbacks that belong to it; false where one is suspended. */
+static bool
+close_connection(struct member *self, struct connection *connection)
+{
+    enum session_result result;
+
+    begin_callback(self, connection, SMFIC_QUIT);
+    result = session_end(&connection->session);
+    end_callback(self);
+    return result != SESSION_SUSPENDED;
+}
+
+/* The MTA's end is here and now; what the filter has of the connection stays. */
+static void
+hang_up(struct connection *connection)
+{
+    shutdown(connection->fd, SHUT_RDWR);
+}
+
+/* Has its MTA heard all?  With the lock held. */
+static void
+settle(struct connection *connection, bool over)
+{
+    if (team_is_ending()) {
+        hang_up(connection); /* nobody is there any more to serve it */
+        connection->state = SUSPENDED;
+    }
+    else if (over && (connection_unsent(connection) == 0 || connection->session.broken)) {
+        destroy(connection);
+    }
+    else if (over) {
+        connection->state = FLUSHING;
+        watch_connection(connection);
+    }
+    else if (connection->session.suspended) {
+        if (connection->suspended.complete != NULL) {
+            enqueue(connection); /* resumed meanwhile */
+            wake_leader(connection->loop);
+        }
+        else {
+            watch_for_end(connection);
+        }
+    }
+    else if (ending) {
+        enqueue(connection);
+        wake_leader(connection->loop);
+    }
+    else if (connection_unsent(connection) == 0 && has_work(connection)) {
+        enqueue(connection);
+        wake_leader(connection->loop); /* this thread may be none */
+    }
+    else {
+        if (inbox_empty(&connection->inbox)) {
+            inbox_free(&connection->inbox);
+        }
+        connection->active = monotonic_now(); /* the MTA's time begins */
+        connection->state = WATCHED;
+        watch_connection(connection);
+    }
+}
+
+/* Whether it is to be closed as all are, now that nothing of it is in progress. */
+static bool
+is_to_end(const struct connection *connection)
+{
+    return ending && !connection->session.suspended;
+}
+
+static void
+serve_queued(struct member *self, struct connection *connection)
+{
+    bool goes_on, over;
+    bool end_now = is_to_end(connection);
+
+    connection->state = SERVED;
+    if (is_leader(self)) {
+        connection->loop->served_by_leader = connection;
+    }
+    pthread_mutex_unlock(&team_lock);
+    goes_on = !end_now && serve(self, connection);
+    over = !goes_on && close_connection(self, connection);
+    pthread_mutex_lock(&team_lock);
+    if (is_leader(self)) {
+        connection->loop->served_by_leader = NULL;
+    }
+    settle(connection, over);
+}
+
+/* All that is queued, in one entry into the interpreter. */
+static void
+run_batch(struct member *self)
+{
+    struct loop *loop = loop_of(self);
+    bool inside;
+
+    team_is_active();
+    pthread_mutex_unlock(&team_lock);
+    take_callback_mask(self);
+    inside = hooks->enter();
+    pthread_mutex_lock(&team_lock);
+    while (is_leader(self) && !team_is_ending()) {
+        struct connection *connection = dequeue(loop);
+
+        if (connection == NULL) {
+            break;
+        }
+        serve_queued(self, connection);
+    }
+    pthread_mutex_unlock(&team_lock);
+    if (inside) {
+        hooks->leave();
+    }
+    pthread_mutex_lock(&team_lock);
+}
+
+/* ------------------------------------------------------------------- accepting */
+
+static void
+watch_listener(void)
+{
+    int fd = listener_descriptor();
+
+    accept_again = 0;
+    listener_left = false;
+    if (accepting && fd >= 0 && !listener_watched) {
+        listener_watched = poller_add(loops[0].poller, fd, &listener_tag, false, false);
+    }
+}
+
+static void
+pause_listener(double seconds)
+{
+    if (listener_watched) {
+        poller_remove(loops[0].poller, listener_descriptor());
+        listener_watched = false;
+    }
+    accept_again = monotonic_now() + seconds;
+}
+
+static int driver_written(SMFICTX *session, bool urgent);
+static void driver_log(const char *level, const char *text);
+static const struct session_driver driver = {driver_written, driver_log};
+
+static struct loop *
+idlest_loop(void)
+{
+    struct loop *found = &loops[0];
+
+    for (size_t i = 1; i < loop_count; i++) {
+        if (loops[i].connections < found->connections) {
+            found = &loops[i];
+        }
+    }
+    return found;
+}
+
+static bool
+take_in(int fd)
+{
+    struct connection *connection = connection_new(fd, &filter, &driver, max_data);
+    struct loop *loop = idlest_loop();
+    double timeout;
+
+    if (connection == NULL) {
+        close(fd);
+        return false;
+    }
+    timeout = connection->active + timeout_seconds;
+    link_connection(loop, connection);
+    watch_connection(connection);
+    if (loop->next_timeout > timeout) {
+        loop->next_timeout = timeout;
+    }
+    if (loop->connections == 1 || loop->next_timeout == timeout || connection->state == QUEUED) {
+        wake_leader(loop); /* to look at the time, or at the connection */
+    }
+    return true;
+}
+
+static void
+note_shortage(int code)
+{
+    char text[160];
+
+    if (!told_of_shortage) {
+        told_of_shortage = true;
+        snprintf(text, sizeof text,
+                 "cannot accept connections for now: %s; goes on by itself when that has changed",
+                 strerror(code));
+        hooks->log("error", text);
+    }
+    pause_listener(ACCEPT_PAUSE);
+}
+
+/* Take what waits to be accepted; `most` at a time.  With the lock held. */
+static void
+accept_waiting(int most)
+{
+    for (int i = 0; accepting && i < most; i++) {
+        int fd = listener_accept();
+
+        if (fd >= 0 && take_in(fd)) {
+            told_of_shortage = false;
+            continue;
+        }
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) {
+            continue;
+        }
+        if (fd < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+            if (share != NULL) {
+                share->came_late();
+            }
+            return;
+        }
+        note_shortage(fd < 0 ? errno : ENOMEM);
+        return;
+    }
+}
+
+static bool
+someone_waits(void)
+{
+    struct pollfd wait = {.fd = listener_descriptor(), .events = POLLIN};
+
+    return poll(&wait, 1, 0) > 0;
+}
+
+static void
+on_listener(void)
+{
+    if (share != NULL && share->has_enough()) {
+        listener_left = true;
+        taken = share->taken();
+        pause_listener(PATIENCE);
+        return;
+    }
+    accept_waiting(share != NULL ? 1 : ACCEPT_AT_ONCE);
+}
+
+/* The time for others is over, or for a shortage. */
+static void
+listen_again(void)
+{
+    bool left = listener_left;
+
+    watch_listener();
+    if (left && accepting && someone_waits() && share->taken() == taken) {
+        share->nobody_came();
+        accept_waiting(1);
+    }
+}
+
+static void
+close_listener(void)
+{
+    if (listener_watched) {
+        poller_remove(loops[0].poller, listener_descriptor());
+        listener_watched = false;
+    }
+    accepting = false;
+    accept_again = 0;
+    listener_close(forked);
+}
+
+/* ----------------------------------------------------------------- the leader's work */
+
+static void
+on_lifeline(void)
+{
+    poller_remove(loops[0].poller, share->lifeline);
+    close_listener();
+    pthread_mutex_unlock(&team_lock);
+    share->lifeline_ended();
+    pthread_mutex_lock(&team_lock);
+}
+
+static void
+on_connection(struct connection *connection, const struct poller_event *event)
+{
+    if (connection->session.suspended) {
+        if (event->ended && connection->state == SUSPENDED && !connection->hung_up) {
+            connection->hung_up = true;
+            unwatch(connection);
+            enqueue(connection);
+        }
+        return;
+    }
+    if (connection->state == FLUSHING) {
+        connection_send(connection);
+        if (connection_unsent(connection) == 0 || connection->session.broken) {
+            destroy(connection);
+        }
+        return;
+    }
+    if (connection->writing && event->writable) {
+        connection_send(connection);
+        watch_connection(connection);
+    }
+    if (event->readable && !connection->writing) {
+        connection_read(connection);
+    }
+    if (connection->state == WATCHED && has_work(connection) && !connection->writing) {
+        enqueue(connection);
+    }
+}
+
+/* Connections that have waited for too long for their MTA. */
+static void
+look_for_timeouts(struct loop *loop, double now)
+{
+    double earliest = now + timeout_seconds;
+
+    for (struct connection *each = loop->all, *next; each != NULL; each = next) {
+        next = each->next;
+        if (each->state == WATCHED && each->active + timeout_seconds <= now) {
+            each->at_end = true;
+            enqueue(each);
+        }
+        else if (each->state == FLUSHING && each->active + timeout_seconds <= now) {
+            destroy(each);
+        }
+        else if (each->active + timeout_seconds < earliest) {
+            earliest = each->active + timeout_seconds;
+        }
+    }
+    loop->next_timeout = earliest;
+}
+
+static void
+queue_all(struct loop *loop)
+{
+    loop->all_told = true;
+    for (struct connection *each = loop->all; each != NULL; each = each->next) {
+        if (each->state == WATCHED) {
+            enqueue(each);
+        }
+    }
+}
+
+/* How long the leader may sleep, in milliseconds. */
+static int
+time_to_sleep(const struct loop *loop)
+{
+    double until = loop == &loops[0] ? accept_again : 0;
+
+    if (loop->connections > 0 && (until == 0 || loop->next_timeout < until)) {
+        until = loop->next_timeout;
+    }
+    return until == 0 ? -1 : milliseconds_until(until);
+}
+
+/* Look for a little while before going to sleep, where that has helped of late: to be woken takes
+ * longer than an MTA takes for its next command. */
+static int
+poll_and_spin(struct loop *loop, struct poller_event events[POLLER_EVENTS], int timeout,
+              bool may_spin)
+{
+    long long began = clock_ns();
+    int count = 0;
+
+    if (may_spin && loop->spin_credit > 0) {
+        do {
+            count = poller_wait(loop->poller, events, 0);
+        } while (count == 0 && loop->polling && clock_ns() - began < SPIN_NS);
+        loop->spin_credit = count > 0 ? SPIN_CREDIT : loop->spin_credit - 1;
+        if (count > 0 || !loop->polling) {
+            return count; /* woken: the poller has told so once and will not again */
+        }
+    }
+    count = poller_wait(loop->poller, events, timeout);
+    if (may_spin && count > 0 && clock_ns() - began < 2 * SPIN_NS) {
+        loop->spin_credit = SPIN_CREDIT;
+    }
+    return count;
+}
+
+static void
+poll_once(struct loop *loop)
+{
+    struct poller_event events[POLLER_EVENTS];
+    int timeout = time_to_sleep(loop), count;
+    bool may_spin = loop->connections > 0 && connections <= SPIN_CONNECTIONS;
+
+    loop->polling = true;
+    pthread_mutex_unlock(&team_lock);
+    count = poll_and_spin(loop, events, timeout, may_spin);
+    pthread_mutex_lock(&team_lock);
+    loop->polling = false;
+    for (int i = 0; i < count; i++) {
+        if (events[i].tag == &listener_tag) {
+            on_listener();
+        }
+        else if (events[i].tag == &lifeline_tag) {
+            on_lifeline();
+        }
+        else {
+            on_connection(events[i].tag, &events[i]);
+        }
+    }
+    if (loop == &loops[0] && accept_again != 0 && monotonic_now() >= accept_again) {
+        listen_again();
+    }
+    if (loop->connections > 0 && monotonic_now() >= loop->next_timeout) {
+        look_for_timeouts(loop, monotonic_now());
+    }
+}
+
+static void
+lead(struct member *self)
+{
+    struct loop *loop = loop_of(self);
+
+    while (is_leader(self) && !team_is_ending()) {
+        if (ending && !loop->all_told) {
+            queue_all(loop);
+        }
+        if (loop->queue != NULL) {
+            run_batch(self);
+        }
+        else {
+            poll_once(loop);
+        }
+    }
+}
+
+/* ------------------------------------------------------- what callbacks have written */
+
+static int
+driver_written(SMFICTX *session, bool urgent)
+{
+    struct connection *connection = connection_of(session);
+    void *released;
+    bool sent;
+
+    if (!urgent && connection_unsent(connection) < HELD_BACK) {
+        return MI_SUCCESS;
+    }
+    if (!connection_send(connection)) {
+        return MI_FAILURE;
+    }
+    if (connection_unsent(connection) == 0 ||
+        (urgent && connection_unsent(connection) < HELD_BACK)) {
+        return MI_SUCCESS;
+    }
+    released = hooks->release();
+    sent = connection_send_all(connection, timeout_seconds * 1000);
+    hooks->reacquire(released);
+    return sent ? MI_SUCCESS : MI_FAILURE;
+}
+
+static void
+driver_log(const char *level, const char *text)
+{
+    hooks->log(level, text);
+}
+
+struct engine_suspended *
+loop_suspend(SMFICTX *context)
+{
+    struct connection *connection = connection_of(context);
+
+    return session_suspend(context) ? &connection->suspended : NULL;
+}
+
+void
+loop_resume(struct engine_suspended *suspended, engine_completion complete, void *data)
+{
+    struct connection *connection =
+        (struct connection *)((char *)suspended - offsetof(struct connection, suspended));
+
+    pthread_mutex_lock(&team_lock);
+    suspended->data = data;
+    suspended->complete = complete;
+    if (connection->state == SUSPENDED) {
+        enqueue(connection);
+        wake_leader(connection->loop);
+    }
+    pthread_mutex_unlock(&team_lock);
+}
+
+/* ------------------------------------------------------------------------- life */
+
+int
+loop_set_up(const struct smfiDesc *description, const struct engine_hooks *surrounding)
+{
+    filter = *description;
+    hooks = surrounding;
+    return MI_SUCCESS;
+}
+
+int
+loop_settimeout(int seconds)
+{
+    timeout_seconds = seconds;
+    return MI_SUCCESS;
+}
+
+size_t
+loop_setmaxdatasize(size_t bytes)
+{
+    size_t before = max_data;
+
+    max_data = bytes;
+    return before;
+}
+
+/* Callbacks that can run at once do so in loops of their own; where processes share the work, each
+ * of them is one. */
+static size_t
+wanted_loops(void)
+{
+    size_t parallel = share == NULL ? hooks->parallel() : 1;
+
+    return parallel < 1 ? 1 : parallel > MOST_LOOPS ? MOST_LOOPS : parallel;
+}
+
+static void
+close_loops(void (*close_poller)(struct poller *poller))
+{
+    for (size_t i = 0; i < poller_count; i++) {
+        close_poller(loops[i].poller);
+        loops[i].poller = NULL;
+        loops[i].polling = false;
+    }
+    loop_count = poller_count = 0;
+}
+
+/* 0, or an errno.  Where not all can be had, fewer do. */
+static int
+open_loops(void)
+{
+    size_t wanted = wanted_loops();
+
+    while (poller_count < wanted) {
+        struct loop *loop = &loops[poller_count];
+
+        *loop = (struct loop){.poller = poller_open(), .queue_end = &loop->queue};
+        if (loop->poller == NULL) {
+            break;
+        }
+        loop->next_timeout = monotonic_now() + timeout_seconds;
+        seats[poller_count++] = &loop->seat;
+    }
+    return poller_count > 0 ? 0 : errno;
+}
+
+/* 0, or an errno. */
+static int
+begin_loops(void)
+{
+    watch_listener();
+    if (!listener_watched ||
+        (share != NULL && share->lifeline >= 0 &&
+         !poller_add(loops[0].poller, share->lifeline, &lifeline_tag, false, false))) {
+        return errno;
+    }
+    leader_is_late = lead_is_late;
+    loop_count = poller_count;
+    return team_begin(seats, &loop_count, lead, hooks->thread_ends);
+}
+
+int
+loop_run(const struct engine_share *surrounding)
+{
+    int code;
+
+    share = surrounding;
+    ending = false;
+    accepting = true;
+    code = open_loops();
+    if (code == 0) {
+        code = begin_loops();
+    }
+    if (code != 0) {
+        close_loops(poller_close);
+        listener_watched = false;
+    }
+    return code;
+}
+
+/* What waits to be accepted has been told that it is connected. */
+void
+loop_stop_accepting(void)
+{
+    pthread_mutex_lock(&team_lock);
+    if (poller_count > 0 && accepting && share == NULL) {
+        accept_waiting(SOMAXCONN);
+    }
+    close_listener();
+    wake_leaders();
+    pthread_mutex_unlock(&team_lock);
+}
+
+void
+loop_share_changed(void)
+{
+    pthread_mutex_lock(&team_lock);
+    if (listener_left && poller_count > 0) {
+        accept_again = 1; /* at once */
+        wake_leader(&loops[0]);
+    }
+    pthread_mutex_unlock(&team_lock);
+}
+
+void
+loop_end(void)
+{
+    pthread_mutex_lock(&team_lock);
+    ending = true;
+    wake_leaders();
+    pthread_mutex_unlock(&team_lock);
+}
+
+/* Whether nothing is left that the filter knows of. */
+static bool
+let_go_of_all(void)
+{
+    bool clean = true;
+
+    for (size_t i = 0; i < MOST_LOOPS; i++) {
+        struct loop *loop = &loops[i];
+
+        for (struct connection *each = loop->all, *next; each != NULL; each = next) {
+            next = each->next;
+            if (session_has_to_close(&each->session) || each->session.suspended) {
+                clean = false; /* the filter has its context still */
+                hang_up(each);
+            }
+            else {
+                unlink_connection(each);
+                connection_free(each);
+            }
+        }
+        loop->queue = NULL;
+        loop->queue_end = &loop->queue;
+    }
+    return clean;
+}
+
+/* Some threads are left behind in callbacks; their connections are theirs. */
+static void
+hang_up_on_idle_ones(void)
+{
+    pthread_mutex_lock(&team_lock);
+    for (size_t i = 0; i < loop_count; i++) {
+        for (struct connection *each = loops[i].all; each != NULL; each = each->next) {
+            if (each->state != SERVED) {
+                hang_up(each);
+            }
+        }
+    }
+    pthread_mutex_unlock(&team_lock);
+}
+
+bool
+loop_finish(void)
+{
+    bool clean;
+
+    if (forked) {
+        return false;
+    }
+    pthread_mutex_lock(&team_lock);
+    if (poller_count > 0) {
+        end_team();
+        wake_leaders();
+    }
+    pthread_mutex_unlock(&team_lock);
+    if (poller_count > 0 && !team_has_ended(FINISH_SECONDS)) {
+        hang_up_on_idle_ones();
+        close_listener();
+        return false; /* some are in callbacks that do not return */
+    }
+    clean = let_go_of_all();
+    close_listener();
+    close_loops(poller_close);
+    return clean;
+}
+
+void
+loop_forget(void)
+{
+    forked = true;
+    team_forget();
+    for (size_t i = 0; i < loop_count; i++) {
+        for (struct connection *each = loops[i].all; each != NULL; each = each->next) {
+            close(each->fd);
+            each->fd = -1;
+            each->session.broken = true;
+        }
+    }
+    close_loops(poller_forget);
+    listener_watched = false;
+    listener_close(true);
+}

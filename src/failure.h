@@ -1,0 +1,29 @@
+/* An exception in a callback: who is told what. */
+
+#ifndef PYMILTER_FAILURE_H
+#define PYMILTER_FAILURE_H
+
+#include "common.h"
+#include "context.h"
+
+/* One step of the dialogue on its way through Python. */
+typedef struct {
+    SMFICTX *handle;
+    enum stage stage;
+    ContextObject *context; /* NULL where it could not be made */
+} Step;
+
+/* Remember who the client is, for reports, where the MTA sends no macro that tells it. */
+void keep_client(const Step *step, const char *hostname, const _SOCK_ADDR *address);
+
+/* An exception is set, or a result was no verdict: report it.  The verdict of the policy. */
+sfsistat take_policy(const Step *step);
+
+/* Is an earlier exception still unanswered, and can it be answered now?  Then the verdict goes into
+ * *verdict, and its reply is set. */
+bool pay(const Step *step, sfsistat *verdict);
+
+/* The verdict for a message that must not begin, since the filter drains. */
+sfsistat refuse_message(const Step *step);
+
+#endif
