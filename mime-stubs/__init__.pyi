@@ -1,10 +1,20 @@
+import email
+import re
+import socket
+import sys
+import zipfile
 from collections.abc import Callable
+from email import encoders, message_from_binary_file
 from email.generator import BytesGenerator
 from email.message import Message
 from email.policy import Policy
+from email.utils import quote
+from io import BytesIO, StringIO
 from typing import Any, BinaryIO, Protocol, overload
 
+import Milter
 from Milter.sgmllib import SGMLParser
+from Milter.sgmllib import SGMLParser as HTMLParser
 
 __all__ = [
     "HTMLScriptFilter",
@@ -17,21 +27,38 @@ __all__ = [
     "check_html",
     "check_name",
     "defang",
+    "extlist",
     "message_from_file",
     "unquote",
     "virus_msg",
     "zipnames",
+    "BytesGenerator",
+    "BytesIO",
+    "HTMLParser",
+    "Message",
+    "Milter",
+    "StringIO",
+    "email",
+    "encoders",
+    "message_from_binary_file",
+    "quote",
+    "re",
+    "socket",
+    "sys",
+    "zipfile",
 ]
 
 MAX_DEPTH: int
 MAX_PARTS: int
 MAX_PARAMETERS: int
 MAX_BOUNDARY: int
+MAX_HEADER_LINES: int
 MAX_SECONDS: float
 MAX_UNPACKED: int
 MAX_ZIP_DEPTH: int
 MAX_ZIP_NAMES: int
 
+extlist: str
 bad_extensions: list[str]
 virus_msg: str
 
@@ -48,7 +75,10 @@ class MimeMessage(Message):
     def ismodified(self) -> bool: ...
     def __setitem__(self, name: str, value: Any) -> None: ...
     def __delitem__(self, name: str) -> None: ...
-    def replace_header(self, _name: str, _value: Any) -> None: ...
+    @property
+    def submsg(self) -> Any: ...
+    @submsg.setter
+    def submsg(self, value: Any) -> None: ...
     def get_param(
         self,
         param: str,
@@ -130,10 +160,21 @@ def check_html(msg: MimeMessage, savname: object = None) -> int: ...
 def check_attachments(
     msg: MimeMessage, check: Callable[[Any], int], lev: list[int] | None = None
 ) -> int: ...
-def defang(
-    msg: MimeMessage,
-    savname: object = None,
-    check: Callable[[str], object] = ...,
-    scan_rfc822: bool = True,
-    scan_zip: bool = False,
-) -> bool: ...
+
+class _defang:
+    scan_html: bool
+    def __call__(
+        self,
+        msg: MimeMessage,
+        savname: object = None,
+        check: Callable[[str], object] = ...,
+        scan_rfc822: bool = True,
+        scan_zip: bool = False,
+    ) -> bool: ...
+    def _chk_name(self, msg: MimeMessage) -> int: ...
+    def __getattr__(self, name: str) -> Any: ...
+
+defang: _defang
+
+def _parseparam(s: object, limit: int | None = None) -> list[str]: ...
+def _unquotevalue(value: Any) -> Any: ...

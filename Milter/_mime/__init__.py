@@ -1,0 +1,18 @@
+"""What `mime` is made of; import that, as names and places here may change.
+
+`limits`      the bounds, and what a check has used of them
+`codings`     transfer encodings, bytes as text
+`fields`      structured header fields, in every reading
+`names`       names of files: which are dangerous
+`zips`        names inside of zips
+`feedparser`  the standard library's parser, and what is used of its private members
+`parsing`     bytes to a tree of parts
+`message`     `MimeMessage`, and how it is written back
+`css`, `html` scripts in style sheets, URLs and HTML
+`charsets`    the charsets in which HTML might be seen
+`boundaries`  boundaries that come out of a text when it is changed
+`defang`      the checks, and what stands in place of a part that did not pass
+
+A module imports those above it.  What applications assign to in `mime` is read from there when it
+is used (`limits.settings`).
+"""
