@@ -22,10 +22,14 @@ Everything in the extension module ``milter``, such as the verdicts (``CONTINUE`
 
 from __future__ import annotations
 
+from . import _origin  # first, as it says what to do where the extension module is none of ours
+
+# isort: split
 import milter
 from milter import *  # noqa: F403 - the extension's names belong to this namespace too
 
 from ._base import Base, DisabledAction, Milter, R
+from ._borrowed import borrowed
 from ._decorators import (
     decode,
     enable_protocols,
@@ -43,6 +47,7 @@ from ._runner import (
     connect_callback,
     negotiate_callback,
     runmilter,
+    serve,
     uniqueID,
 )
 
@@ -50,6 +55,9 @@ TYPE_CHECKING = False  # typing takes a megabyte in every filter; type checkers 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from ._types import Address as Address
+    from ._types import Answer as Answer
 
 #: Called without arguments for each connection; returns its filter object, a ``Base``.
 factory: Callable[[], Any] = Milter
@@ -77,6 +85,7 @@ __all__ = [
     "param2dict",
     "rejected_recipients",
     "runmilter",
+    "serve",
     "symlist",
     "uniqueID",
 ]
@@ -104,25 +113,30 @@ if TYPE_CHECKING:
 else:
     __all__ += [name for name in vars(milter) if not name.startswith("_")]
 
+    #: Not in ``__all__``: whoever takes all names gets those of the filter's own modules back.
+    _BORROWED = {
+        "os": "os",
+        "re": "re",
+        "sys": "sys",
+        "thread": "_thread",
+        "wraps": "functools:wraps",
+    }
+    _get_borrowed = borrowed(__name__, _BORROWED)
+
+    def __dir__():
+        """List the names that are read late too."""
+        return sorted({*globals(), *_BORROWED, "__version__", "_seq"})
+
     def __getattr__(name):
         """Read what is not fixed when the package is imported."""
         if name == "_seq":
             return milter._last_unique_id()
-        if name == "__version__":
-            globals()[name] = _find_version()
+        if name in ("Address", "Answer"):
+            from . import _types
+
+            globals()[name] = getattr(_types, name)
             return globals()[name]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _find_version() -> str:
-    """The version: from the project's file beside a source tree, else from the installation."""
-    import re
-    from importlib import metadata
-    from pathlib import Path
-
-    try:
-        project = Path(__file__).parent.with_name("pyproject.toml").read_text(encoding="utf-8")
-    except OSError:
-        return metadata.version("pymilter")
-    found = re.search(r'^name = "pymilter"\nversion = "([^"]+)"', project, re.MULTILINE)
-    return found[1] if found else metadata.version("pymilter")
+        if name == "__version__":
+            globals()[name] = _origin.find_version()
+            return globals()[name]
+        return _get_borrowed(name)

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._base import Base
-    from .mta import MTA, Result
+    from .mailfilter import Filter
+    from .mta import MTA, Recording, Replay, Result
 
-    #: A filter class, ``"module:Class"``, the path of a script, or the name of a module.
-    FilterLike = Union[type[Base], str, os.PathLike[str]]
+    #: A filter class, a function of ``Milter.mailfilter``, ``"module:Class"``, the path of a
+    #: script, or the name of a module.
+    FilterLike = Union[type[Base], Filter, str, os.PathLike[str]]
 
 #: Bound of every wait, in seconds: far above what a loaded machine needs.
 WAIT = 30.0
@@ -69,10 +71,10 @@ class MilterApp:
         """Start the filter and wait until it listens.
 
         Args:
-            filter: what to run: a filter class, which must stand at the top level of its
-                module; ``"module:Class"``; the path of a script (``.py``); the name of a
-                module for ``python -m``.
-            arguments: for a class: options of ``python -m Milter run``, such as
+            filter: what to run: a filter class or a filter of ``Milter.mailfilter``, which must
+                stand at the top level of its module; ``"module:Class"``; the path of a script
+                (``.py``); the name of a module for ``python -m``.
+            arguments: for a class or function: options of ``python -m Milter run``, such as
                 ``"--workers", "2"``. For a script or module: its own, in which ``{socket}``
                 stands for the address; where none has it, ``--socket ADDRESS`` is added.
             socket: ``"unix"`` for a new one in a directory of its own, ``"inet"`` for a free
@@ -82,7 +84,7 @@ class MilterApp:
             timeout: the bound of each wait, in seconds.
 
         Raises:
-            ValueError: the filter or the socket is none of these.
+            TypeError, ValueError: the filter or the socket is none of these.
             RuntimeError: the filter ended before it listened; the message has its output.
             TimeoutError: it does not listen in time; likewise.
         """
@@ -103,7 +105,7 @@ class MilterApp:
         except BaseException:
             self._directory.cleanup()
             raise
-        self.name = filter.__name__ if isinstance(filter, type) else os.fspath(filter)
+        self.name = os.fspath(filter) if isinstance(filter, (str, os.PathLike)) else filter.__name__
         self.results: deque[Result] = deque(maxlen=5)
         self._lines: list[str] = []
         self._ended = False
@@ -156,6 +158,21 @@ class MilterApp:
         connection: MTA = _recording_mta().connect(self.socket, **options)
         connection.results = self.results  # type: ignore[attr-defined]
         return connection
+
+    def replay(self, recording: Recording | str | os.PathLike[str], **options: Any) -> Replay:
+        """Play a session that ``python -m Milter record`` has written to the filter.
+
+        Args:
+            recording: the session, or its file.
+            options: those of ``Milter.mta.MTA.replay``, such as ``ignored_headers``.
+
+        Returns:
+            What came of it: ``difference`` is None where the filter answers as it did then.
+
+        Raises:
+            OSError, ValueError: the file cannot be read, or is no recording.
+        """
+        return self.mta(offer=None).replay(recording, **options)
 
     def wait_for_output(self, text: str, count: int = 1, timeout: float | None = None) -> str:
         """Wait until the filter has written lines that hold a text.
@@ -324,8 +341,9 @@ def _python() -> list[str]:
 
 
 def _command(filter: FilterLike, address: str, arguments: Sequence[str]) -> list[str]:
-    if isinstance(filter, type):
-        return [*_bootstrap(), *_class_address(filter), "--socket", address, *arguments]
+    if not isinstance(filter, (str, os.PathLike)):
+        _check_object(filter)
+        return [*_bootstrap(), *_object_address(filter), "--socket", address, *arguments]
     text = os.fspath(filter)
     if ":" in text:
         return [*_bootstrap(), "", text, "--socket", address, *arguments]
@@ -349,14 +367,55 @@ def _bootstrap() -> list[str]:
     return [*_python(), "-c", _BOOTSTRAP, "\n".join(path)]
 
 
-def _class_address(filter: type) -> tuple[str, str]:
-    """The file that a class stands in, and ``module:Class``."""
-    if "<locals>" in filter.__qualname__:
-        raise ValueError(
-            f"filter {filter.__qualname__}: another process can import only a class that stands "
-            "at the top level of a module, not one made within a function"
+def _check_object(filter: object) -> None:
+    """Check that this can be a filter.
+
+    Raises:
+        TypeError: it is an object of the filter's class, or anything else.
+    """
+    from ._base import Base
+
+    if isinstance(filter, Base):
+        name = type(filter).__name__
+        raise TypeError(f"filter is an object of {name}: give the class, milter_app({name})")
+    if isinstance(filter, type) and not issubclass(filter, Base):
+        raise TypeError(
+            f"filter {filter.__name__} is no filter class, which must be derived from Milter.Base"
         )
-    return inspect.getfile(filter), f"{filter.__module__}:{filter.__qualname__}"
+    if not callable(filter):
+        raise TypeError(
+            f"filter {filter!r} is neither a class nor a function, module:Class, the path of a "
+            "script (.py) or the name of a module"
+        )
+
+
+def _object_address(filter: type[Base] | Filter) -> tuple[str, str]:
+    """The file that a class or function stands in, and ``module:Class``."""
+    module, name = filter.__module__, filter.__qualname__
+    file = None
+    if isinstance(filter, type):
+        if "<locals>" not in name:
+            file = inspect.getfile(filter)
+    else:
+        # What a chain is called is what it was assigned to.
+        places: list[Any] = [sys.modules.get(module), *sys.modules.values()]
+        for place in places:
+            names = _names_of(filter, place)
+            if names and getattr(place, "__file__", None):
+                module, name, file = place.__name__, names[0], place.__file__
+                break
+    if file is None:
+        raise ValueError(
+            f"filter {name or filter.__name__}: another process can import only a class or a "
+            "function that stands at the top level of a module, not one made within a function"
+        )
+    return file, f"{module}:{name}"
+
+
+def _names_of(value: object, module: Any) -> list[str]:
+    """What a value is called in a module."""
+    known = list(getattr(module, "__dict__", {}).items())
+    return [name for name, each in known if each is value]
 
 
 def serve(arguments: list[str]) -> int:

@@ -10,12 +10,12 @@ import milter
 
 from ._decorators import (
     ENABLED_MARK,
-    ERRORS_MARK,
     MACROS_MARK,
     STEPS_MARK,
     nocallback,
     noreply,
 )
+from ._later import is_coroutine
 from ._protocol import (
     ALL_STEPS,
     FEATURE_STEPS,
@@ -23,21 +23,46 @@ from ._protocol import (
     MAX_MACROS,
     OPTIONAL_CALLBACKS,
 )
+from ._text import visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from logging import Logger
-    from typing import Any, ClassVar, Union
+    from typing import Any, ClassVar, TypeVar, Union
 
     from milter import milterContext
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, Concatenate, ParamSpec
+
+    from ._types import Address, Answer
 
     Text = Union[str, bytes]
 
-    #: What ``connect`` gets as the client's address: (ip, port), (ip6, port, flowinfo,
-    #: scope_id), the path of a unix socket, or None where the MTA knows none.
-    Address = Union[tuple[str, int], tuple[str, int, int, int], str, None]
+    _Self = TypeVar("_Self")
+    _A = TypeVar("_A")
+    _B = TypeVar("_B")
+    _C = TypeVar("_C")
+    _R = TypeVar("_R")
+    _P = ParamSpec("_P")
+
+    # To type checkers the parameters of a callback have no names, so that those who override it may
+    # name them as they like. At run time they have: applications call super() with them.
+    def _unnamed_1(
+        callback: Callable[Concatenate[_Self, _A, _P], _R],
+    ) -> Callable[Concatenate[_Self, _A, _P], _R]: ...
+    def _unnamed_2(
+        callback: Callable[Concatenate[_Self, _A, _B, _P], _R],
+    ) -> Callable[Concatenate[_Self, _A, _B, _P], _R]: ...
+    def _unnamed_3(
+        callback: Callable[Concatenate[_Self, _A, _B, _C, _P], _R],
+    ) -> Callable[Concatenate[_Self, _A, _B, _C, _P], _R]: ...
+
+else:
+
+    def _unnamed_1(callback):
+        return callback
+
+    _unnamed_2 = _unnamed_3 = _unnamed_1
 
 #: A run of percent signs.
 R = re.compile(r"%+")
@@ -48,16 +73,10 @@ _BYTES_CALLBACKS = frozenset({"envfrom", "envrcpt", "header"})
 #: Attributes of an instance that change which steps its connection needs.
 _CALLBACK_NAMES = frozenset(OPTIONAL_CALLBACKS) | {f"{name}_bytes" for name in _BYTES_CALLBACKS}
 
+_ALL_CALLBACKS = (*sorted(_CALLBACK_NAMES), "eom", "abort", "close")
+
 #: The types of the extension's methods, looked up on a class and on an instance.
 _EXTENSION_METHODS = (types.MethodDescriptorType, types.BuiltinMethodType)
-
-#: Control characters, written so that a log line stays one line and moves no cursor.
-_CONTROLS = {
-    **{code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))},
-    ord("\t"): "\t",
-    ord("\n"): "\\n",
-    ord("\r"): "\\r",
-}
 
 
 class DisabledAction(RuntimeError):
@@ -65,9 +84,9 @@ class DisabledAction(RuntimeError):
 
 
 def _logger() -> Logger:
-    import logging  # few filters ever need it
+    from ._logging import logger  # logging takes a megabyte, which few filters ever need
 
-    return logging.getLogger("milter")
+    return logger()
 
 
 def _bound_steps(owner: Any, name: str) -> int:
@@ -86,11 +105,11 @@ def _bound_steps(owner: Any, name: str) -> int:
 
 def _as_params(params: Text | Iterable[Text] | None) -> Text | None:
     """ESMTP parameters as the context takes them: one text, separated by spaces, or None."""
-    if not params:
-        return None
-    if isinstance(params, (str, bytes)):
+    if params is None or isinstance(params, (str, bytes)):
         return params
     items = list(params)
+    if not items:
+        return None
     if all(isinstance(item, str) for item in items):
         return " ".join(items)  # type: ignore[arg-type]
     return b" ".join(
@@ -103,6 +122,20 @@ def _check_percent(line: Text) -> None:
     text = line.decode("latin-1") if isinstance(line, bytes) else line
     if any(len(run) % 2 for run in R.findall(text)):
         raise milter.InvalidArgument(f"'%' must be doubled: {text}")
+
+
+class _Alias:
+    """A public name of an attribute; what an application keeps under that name goes before it."""
+
+    def __init__(self, name: str, doc: str) -> None:
+        self._name = name
+        self.__doc__ = doc
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> Any:
+        return self if instance is None else getattr(instance, self._name)
+
+    def __repr__(self) -> str:
+        return f"<public name of {self._name}>"
 
 
 class Base(milter._Decoder):
@@ -125,19 +158,26 @@ class Base(milter._Decoder):
     ``envfrom``.
 
     Attributes:
-        _ctx: the connection's context (``milter.milterContext``), None after close.
-        _actions: the negotiated actions (flags like ``ADDHDRS``), all before negotiation.
-        _protocol: the negotiated protocol steps (flags like ``P_SKIP``), 0 before.
+        context: the connection's context (``milter.milterContext``), None after close.
+        actions: the negotiated actions (flags like ``ADDHDRS``), all before negotiation.
+        protocol: the negotiated protocol steps (flags like ``P_SKIP``), 0 before.
+
+    ``_ctx``, ``_actions`` and ``_protocol`` are the names that applications have always read these
+    by, and may go on to. A subclass may use the public ones for something of its own.
     """
 
     _ctx: milterContext | None = None
     _actions: int = milter.CURR_ACTS
     _protocol: int = 0
     _protocol_mask: ClassVar[int]
-    # Worked out when first needed, as subclasses and instances may replace the methods.
-    _envfrom_errors: str | None = None
-    _envrcpt_errors: str | None = None
-    _header_errors: str | None = None
+    if TYPE_CHECKING:
+        context: milterContext | None
+        actions: int
+        protocol: int
+    else:
+        context = _Alias("_ctx", "The connection's context (``milter.milterContext``), or None.")
+        actions = _Alias("_actions", "The negotiated actions: flags like ``ADDHDRS``.")
+        protocol = _Alias("_protocol", "The negotiated protocol steps: flags like ``P_SKIP``.")
 
     def _setctx(self, ctx: milterContext | None) -> None:
         """Attach this instance to a connection's context, or detach it with None.
@@ -161,8 +201,9 @@ class Base(milter._Decoder):
 
     # Callbacks, in the order of an SMTP session.
 
+    @_unnamed_3
     @nocallback
-    def connect(self, hostname: str, family: int, hostaddr: Address) -> int:
+    def connect(self, hostname: str, family: int, hostaddr: Address) -> Answer:
         """A client has connected to the MTA (xxfi_connect).
 
         Args:
@@ -177,8 +218,9 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
+    @_unnamed_1
     @nocallback
-    def hello(self, hostname: str) -> int:
+    def hello(self, hostname: str) -> Answer:
         """HELO or EHLO (xxfi_helo); may come more than once, or never.
 
         Args:
@@ -189,8 +231,9 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
+    @_unnamed_1
     @nocallback
-    def envfrom(self, f: Any, *params: Any) -> int:
+    def envfrom(self, f: Any, *params: Any) -> Answer:
         """MAIL: a message begins (xxfi_envfrom).
 
         Args:
@@ -206,8 +249,9 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
+    @_unnamed_1
     @nocallback
-    def envrcpt(self, to: Any, *params: Any) -> int:
+    def envrcpt(self, to: Any, *params: Any) -> Answer:
         """RCPT: a recipient of the message (xxfi_envrcpt).
 
         Args:
@@ -222,7 +266,7 @@ class Base(milter._Decoder):
         return milter.CONTINUE
 
     @nocallback
-    def data(self) -> int:
+    def data(self) -> Answer:
         """DATA: all recipients are known (xxfi_data).
 
         Returns:
@@ -230,8 +274,9 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
+    @_unnamed_2
     @nocallback
-    def header(self, field: str, value: Any) -> int:
+    def header(self, field: str, value: Any) -> Answer:
         """One header of the message (xxfi_header).
 
         Args:
@@ -246,7 +291,7 @@ class Base(milter._Decoder):
         return milter.CONTINUE
 
     @nocallback
-    def eoh(self) -> int:
+    def eoh(self) -> Answer:
         """The headers have ended (xxfi_eoh).
 
         Returns:
@@ -254,8 +299,9 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
+    @_unnamed_1
     @nocallback
-    def body(self, blk: bytes) -> int:
+    def body(self, blk: bytes) -> Answer:
         """A piece of the message's body (xxfi_body).
 
         Args:
@@ -266,8 +312,9 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
+    @_unnamed_1
     @nocallback
-    def unknown(self, cmd: str) -> int:
+    def unknown(self, cmd: str) -> Answer:
         """An SMTP command that the MTA does not know (xxfi_unknown).
 
         Args:
@@ -281,7 +328,7 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
-    def eom(self) -> int:
+    def eom(self) -> Answer:
         """The message is complete (xxfi_eom): the place for all changes to it.
 
         Returns:
@@ -289,7 +336,7 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
-    def abort(self) -> int:
+    def abort(self) -> Answer:
         """The message has ended without ``eom`` (xxfi_abort); the connection goes on.
 
         Returns:
@@ -297,7 +344,7 @@ class Base(milter._Decoder):
         """
         return milter.CONTINUE
 
-    def close(self) -> int:
+    def close(self) -> Answer:
         """The connection has ended (xxfi_close); comes after ``abort`` too.
 
         Returns:
@@ -306,12 +353,6 @@ class Base(milter._Decoder):
         return milter.CONTINUE
 
     # The forms of callbacks that get bytes are the extension's: see milter._Decoder.
-
-    def _errors_of(self, name: str) -> str:
-        """Find and remember the decoding strategy of a callback."""
-        strategy: str = getattr(getattr(self, name), ERRORS_MARK, "surrogateescape")
-        setattr(self, f"_{name}_errors", strategy)
-        return strategy
 
     # Negotiation.
 
@@ -331,6 +372,8 @@ class Base(milter._Decoder):
         if mask is None:
             mask = ALL_STEPS & ~(cls._enabled_steps() | callback_steps(cls))
             cls._protocol_mask = mask
+            if any(is_coroutine(getattr(cls, name, None)) for name in _ALL_CALLBACKS):
+                milter._keep_variables()
         return mask
 
     @classmethod
@@ -498,7 +541,7 @@ class Base(milter._Decoder):
         """
         self._require(milter.ADDRCPT, "ADDRCPT")
         joined = _as_params(params)
-        if joined is not None:
+        if joined:
             self._require(milter.ADDRCPT_PAR, "ADDRCPT_PAR")
         self._context().addrcpt(rcpt, joined)
 
@@ -560,8 +603,10 @@ class Base(milter._Decoder):
     def progress(self) -> None:
         """Tell the MTA that ``eom`` is still at work, so that it waits on (smfi_progress).
 
+        MTAs expect that at the end of the message alone: elsewhere nothing is sent.
+
         Raises:
-            milter.error: not in ``eom``.
+            milter.error: the connection is closed.
         """
         self._context().progress()
 
@@ -576,8 +621,7 @@ def callback_steps(owner: Any, names: Iterable[str] = OPTIONAL_CALLBACKS) -> int
 
 def _printable(text: str, encoding: str) -> str:
     """Text as one line that can be written in an encoding, whatever mail put into it."""
-    safe = text.encode(encoding, "backslashreplace").decode(encoding)
-    return safe.translate(_CONTROLS)
+    return visible(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 class Milter(Base):
@@ -607,53 +651,58 @@ class Milter(Base):
         except (OSError, ValueError):
             _logger().debug("standard output is gone, could not print: %r", text)
 
+    @_unnamed_3
     @noreply
-    def connect(self, hostname: str, family: int, hostaddr: Address) -> int:
+    def connect(self, hostname: str, family: int, hostaddr: Address) -> Answer:
         """Log the client's name and address; see ``Base.connect``."""
-        self.log("connect from", hostname, "at", "unknown" if hostaddr is None else hostaddr)
+        self.log(f"connect from {hostname} at {'unknown' if hostaddr is None else hostaddr}")
         return milter.CONTINUE
 
+    @_unnamed_1
     @noreply
-    def hello(self, hostname: str) -> int:
+    def hello(self, hostname: str) -> Answer:
         """Log what the client calls itself; see ``Base.hello``."""
-        self.log("hello from", hostname)
+        self.log(f"hello from {hostname}")
         return milter.CONTINUE
 
+    @_unnamed_1
     @noreply
-    def envfrom(self, f: Any, *params: Any) -> int:
+    def envfrom(self, f: Any, *params: Any) -> Answer:
         """Log the sender and the ESMTP parameters; see ``Base.envfrom``."""
-        self.log("mail from", f, *params)
+        self.log("mail from", f, params)
         return milter.CONTINUE
 
+    @_unnamed_1
     @noreply
-    def envrcpt(self, to: Any, *params: Any) -> int:
+    def envrcpt(self, to: Any, *params: Any) -> Answer:
         """Log a recipient and the ESMTP parameters; see ``Base.envrcpt``."""
-        self.log("rcpt to", to, *params)
+        self.log("rcpt to", to, params)
         return milter.CONTINUE
 
+    @_unnamed_2
     @noreply
-    def header(self, field: str, value: Any) -> int:
+    def header(self, field: str, value: Any) -> Answer:
         """Log a header; see ``Base.header``."""
         self.log(f"{field}: {value}")
         return milter.CONTINUE
 
     @noreply
-    def eoh(self) -> int:
+    def eoh(self) -> Answer:
         """Log the end of the headers; see ``Base.eoh``."""
         self.log("eoh")
         return milter.CONTINUE
 
-    def eom(self) -> int:
+    def eom(self) -> Answer:
         """Log the end of the message; see ``Base.eom``."""
         self.log("eom")
         return milter.CONTINUE
 
-    def abort(self) -> int:
+    def abort(self) -> Answer:
         """Log that the message was cut off; see ``Base.abort``."""
         self.log("abort")
         return milter.CONTINUE
 
-    def close(self) -> int:
+    def close(self) -> Answer:
         """Log the end of the connection; see ``Base.close``."""
         self.log("close")
         return milter.CONTINUE

@@ -11,15 +11,14 @@ from contextlib import contextmanager
 from struct import pack
 from typing import Any, Protocol
 
+from ._extras import unusable
+
 # Where Berkeley DB keeps its magic number, and those of its hash and btree files.
 _BDB_MAGIC_AT = 12
 _BDB_MAGICS = {pack(order, number) for number in (0x061561, 0x053162) for order in (">I", "<I")}
 # The kinds that do not keep to the name they are given.
 _ENDINGS = {"dbm.ndbm": (".pag", ".dir"), "dbm.dumb": (".dat", ".dir", ".bak")}
-_NO_BERKELEYDB = (
-    "{0}: reading Berkeley DB files needs the Python package berkeleydb: "
-    "pip install 'pymilter[policy]'"
-)
+_BERKELEY_DB = "it needs Berkeley DB: libdb5.3, and to be built libdb-dev (Debian, Ubuntu)"
 
 
 class Reader(Protocol):
@@ -100,7 +99,8 @@ def _open_through_ndbm(path: str, missing: ImportError) -> Reader:
             return reader
     except ImportError:
         pass
-    raise ImportError(_NO_BERKELEYDB.format(path), name="berkeleydb") from missing
+    reading = f"{path}: reading Berkeley DB files"
+    raise unusable(reading, "berkeleydb", "berkeleydb", missing, _BERKELEY_DB) from missing
 
 
 class _BerkeleyDB:

@@ -13,14 +13,15 @@ from milter import CONTINUE, NOREPLY, P_HDR_LEADSPC, P_RCPT_REJ
 
 import Milter
 
+from ._later import Later, is_awaitable
 from ._protocol import MACRO_CALLBACKS, MAX_MACROS, OPTIONAL_CALLBACKS
 
 #: Attribute of a callback: the protocol steps (P_NR_* and P_NO*) that it asks for.
-STEPS_MARK = "_milter_steps"
+STEPS_MARK = "milter_protocol"
 #: Attribute of a callback: the macros that it wants to be sent, as a tuple of names.
-MACROS_MARK = "_milter_macros"
-#: Attribute of a callback: how its text is decoded.
-ERRORS_MARK = "_milter_errors"
+MACROS_MARK = "_symlist"
+#: Attribute of a callback: how its text is decoded; the extension reads it too.
+ERRORS_MARK = "error_strategy"
 #: Attribute of a class: the protocol steps turned on for it by enable_protocols.
 ENABLED_MARK = "_enabled_protocols"
 
@@ -106,8 +107,13 @@ def nocallback(func: F) -> F:
     call, name = _caller(func), _name_of(func, "nocallback")
 
     @functools.wraps(call)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> int:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         verdict = call(self, *args, **kwargs)
+        if is_awaitable(verdict):
+            return Later(verdict, check)
+        return check(verdict)
+
+    def check(verdict: object) -> int:
         if verdict != CONTINUE:
             raise _bad_return(name, "nocallback", verdict)
         return CONTINUE
@@ -138,6 +144,11 @@ def noreply(func: F) -> F:
         verdict = call(self, *args, **kwargs)
         if not self._protocol & no_reply:
             return verdict
+        if is_awaitable(verdict):
+            return Later(verdict, check)
+        return check(verdict)
+
+    def check(verdict: object) -> int:
         # A @noreply method that ends in super() has been through here already.
         if verdict not in (CONTINUE, NOREPLY):
             raise _bad_return(name, "noreply", verdict)

@@ -49,12 +49,13 @@ def dictfromlist(args: Iterable[Text]) -> dict[str, Any]:
         args: parameters, each ``NAME`` or ``NAME=VALUE``, as str or bytes.
 
     Returns:
-        Name in upper case to value, for the items of the form ``NAME=VALUE``.
+        Name in upper case to value, for the items of the form ``NAME=VALUE``; an item without
+        a name counts as none.
 
     >>> dictfromlist(["size=1024", "SMTPUTF8"])
     {'SIZE': '1024'}
     """
-    return {name.upper(): value for name, value in map(_split, args) if value is not None}
+    return {name.upper(): value for name, value in map(_split, args) if name and value is not None}
 
 
 def envcallback(c: Callable[..., T], args: Sequence[Text]) -> T:
@@ -67,7 +68,7 @@ def envcallback(c: Callable[..., T], args: Sequence[Text]) -> T:
 
     Args:
         c: called as ``c(address, *others, NAME=VALUE, …)``, where ``others`` are the
-            parameters without a value. Names are passed as the client spelled them.
+            parameters without a value. Names are in upper case.
         args: the address, followed by the parameters: what ``envfrom`` or
             ``envrcpt`` got, as one sequence.
 
@@ -81,8 +82,8 @@ def envcallback(c: Callable[..., T], args: Sequence[Text]) -> T:
     others: list[Text] = []
     for item in args[1:]:
         name, value = _split(item)
-        if value is None:
+        if value is None or not name:
             others.append(item)
         else:
-            keywords[name] = value
+            keywords[name.upper()] = value
     return c(args[0], *others, **keywords)

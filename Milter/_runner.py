@@ -12,14 +12,17 @@ import milter
 
 import Milter
 
+from ._later import Later, is_awaitable, set_loop_factory
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable
     from typing import Any
 
     from milter import milterContext
 
-    from ._base import Address
+    from ._types import Address
 
 _seq_lock = threading.Lock()  # applications know it; the extension counts without it
 _attaching = threading.Lock()
@@ -107,9 +110,17 @@ def connect_callback(
     """
     filter_object = _filter_of(ctx)
     verdict: int = filter_object.connect(hostname, family, hostaddr)
-    if verdict == milter.NOREPLY and not filter_object._protocol & nr_mask:
-        return milter.CONTINUE
-    return verdict
+    if filter_object._protocol & nr_mask:
+        return verdict
+    if is_awaitable(verdict):
+        later: Any = Later(verdict, _with_reply)  # type: ignore[arg-type]
+        return later  # type: ignore[no-any-return]
+    return _with_reply(verdict)
+
+
+def _with_reply(verdict: int) -> int:
+    """A verdict where NOREPLY was not negotiated: CONTINUE in its place."""
+    return milter.CONTINUE if verdict == milter.NOREPLY else verdict
 
 
 def close_callback(ctx: milterContext) -> int:
@@ -126,11 +137,21 @@ def close_callback(ctx: milterContext) -> int:
     filter_object = ctx.getpriv()
     if filter_object is None:
         return milter.CONTINUE
-    try:
-        verdict: int = filter_object.close()
-    finally:
+    waits = False
+
+    def detach() -> None:
         filter_object._setctx(None)
         ctx.setpriv(None)
+
+    try:
+        verdict: int = filter_object.close()
+        waits = is_awaitable(verdict)
+    finally:
+        if not waits:
+            detach()
+    if waits:
+        later: Any = Later(verdict, last=detach)  # type: ignore[arg-type]
+        return later  # type: ignore[no-any-return]
     return verdict
 
 
@@ -184,6 +205,8 @@ def runmilter(
     socket_group: str | int | None = None,
     user: str | int | None = None,
     group: str | int | None = None,
+    engine: str | None = None,
+    loop_factory: Callable[[], AbstractEventLoop] | None = None,
 ) -> None:
     """Run the filter: open its socket, serve the MTA, return when stopped.
 
@@ -217,6 +240,13 @@ def runmilter(
             choose. Root is given up for good, before workers are forked and ``worker_init``
             is called.
         group: of the process then, name or number; by default that of the user.
+        engine: who speaks to the MTA: ``"libmilter"``, the default, or ``"native"``, which is
+            faster; for the filter both are the same. None leaves what ``milter.set_engine`` or
+            the environment variable ``PYMILTER_ENGINE`` says.
+        loop_factory: called without arguments for the event loop that awaits callbacks which are
+            coroutines, such as ``uvloop.new_event_loop``; None is ``asyncio.new_event_loop``. The
+            loop has a thread of its own, which begins when it is first needed, and ends with the
+            filter; with workers each process has one.
 
     With ``socket_mode``, ``socket_group`` or ``user`` a unix socket is refused in a directory
     where somebody else could put another in its place; without, that is only warned of. The log
@@ -227,8 +257,8 @@ def runmilter(
         milter.error: it cannot start or cannot go on; the message and the cause say why. With
             workers also where other threads run, where workers die at once time and again,
             and, after a stop, where one had to be killed or crashed.
-        TypeError: ``workers`` is no int, ``worker_init`` cannot be called, or ``pin_workers`` is
-            no bool.
+        TypeError: ``workers`` is no int, ``worker_init`` or ``loop_factory`` cannot be called, or
+            ``pin_workers`` is no bool.
         ValueError: an argument is refused (such an error is also a ``milter.error``).
     """
     from . import _socket_setup
@@ -242,13 +272,9 @@ def runmilter(
         _workers.check_pinning(pin_workers)
         if count > 1:
             _workers.check_threads()
-    milter.setconn(socketname)
+    set_loop_factory(loop_factory)
+    _set_up(name, socketname, timeout, drain_timeout, engine)
     access = _socket_setup.Access(socketname, socket_mode, socket_group, user, group)
-    if timeout:
-        milter.settimeout(-int(-timeout // 1))
-    if drain_timeout is not None:
-        milter.set_drain_timeout(drain_timeout)
-    register_callbacks(name)
     access.open(rmsock)
     if count > 1:
         _workers.supervise(count, worker_init, pin=pin_workers)
@@ -260,3 +286,70 @@ def runmilter(
             _socket_setup.shut()
             raise
     milter.main()
+
+
+def _set_up(
+    name: str, socketname: str, timeout: float, drain_timeout: float | None, engine: str | None
+) -> None:
+    """All that comes before the socket is opened."""
+    if engine is not None:
+        milter.set_engine(engine)
+    milter.setconn(socketname)
+    if timeout:
+        milter.settimeout(-int(-timeout // 1))
+    if drain_timeout is not None:
+        milter.set_drain_timeout(drain_timeout)
+    register_callbacks(name)
+
+
+async def serve(
+    name: str,
+    socketname: str,
+    timeout: float = 0,
+    rmsock: bool = True,
+    *,
+    drain_timeout: float | None = None,
+    socket_mode: int | None = None,
+    socket_group: str | int | None = None,
+    user: str | int | None = None,
+    group: str | int | None = None,
+    engine: str | None = None,
+) -> None:
+    """Serve in the event loop that runs, for programs that do other things beside.
+
+    Callbacks that are coroutines run in this loop; plain ones on threads of the engine, as ever.
+    Signals are left to the program.
+
+    When its task is cancelled, the filter drains, which takes up to ``drain_timeout`` seconds, and
+    this ends with ``CancelledError``; further cancelling changes nothing. After ``Milter.stop()``
+    it drains and returns. The loop has to go on running meanwhile.
+
+    Args:
+        name: see ``runmilter``, like all others.
+        socketname: where to listen.
+        timeout: how many seconds to wait for the MTA.
+        rmsock: whether a unix socket that is left over may be removed.
+        drain_timeout: how many seconds messages in progress may take at the end.
+        socket_mode: of the unix socket.
+        socket_group: of the unix socket.
+        user: who this process becomes once the socket is open.
+        group: of the process then.
+        engine: who speaks to the MTA.
+
+    Raises:
+        milter.error: no event loop of asyncio runs, a filter runs already in this process, or one
+            of the reasons for which ``runmilter`` raises it.
+        ValueError: an argument is refused (such an error is also a ``milter.error``).
+    """
+    from . import _async, _socket_setup
+
+    if milter._is_running():
+        raise milter.error("serve: a filter runs already; there is one to a process")
+    runner = _async.bind()
+    try:
+        _set_up(name, socketname, timeout, drain_timeout, engine)
+        access = _socket_setup.Access(socketname, socket_mode, socket_group, user, group)
+        access.open(rmsock)
+        await _async.run_beside(runner, milter.main)
+    finally:
+        await _async.unbind()

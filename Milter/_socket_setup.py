@@ -14,9 +14,11 @@ import sys
 
 import milter
 
+from . import _acl
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
 DEFAULT_MODE = 0o660
 #: Symbolic links in a path, as many as the kernel follows.
@@ -88,8 +90,9 @@ class Access:
 
         Every directory on the way there counts, also where symbolic links lead through it: all
         must belong to root, to this process' user or to ``user``, and nobody else may write to
-        them. Above the socket's own directory the sticky bit makes up for the latter, as in
-        ``/tmp``.
+        them, by mode or by a POSIX access control list. Above the socket's own directory the
+        sticky bit makes up for the latter, as in ``/tmp``. Nor may that directory's default list
+        open to others what is made in it; those above are for directories that are not made yet.
 
         Raises:
             UnsafeError: it is so, or there is no such directory; the message says what to do.
@@ -102,18 +105,25 @@ class Access:
         try:
             resolved = self._walk(directory)
             status = os.stat(resolved)
+            who = next(self._strangers_who_write(resolved, status), ("", ""))[0]
+            heir = next(self._strangers_in(resolved, _acl.DEFAULT), ("", ""))[0]
         except OSError as exc:
             raise UnsafeError(
                 f"the socket's directory {os.path.normpath(directory)} cannot be used: "
                 f"{exc.strerror}; create it: {create} {os.path.normpath(directory)}"
             ) from exc
-        who = self._strangers_who_write(status)
         if who:
             name = os.path.splitext(os.path.basename(self.where))[0]
             raise UnsafeError(
                 f"{who} may write to the socket's directory {_described(resolved, status)}, and so "
                 f"put another socket there: use a directory of the filter's own, such as: {create} "
                 f"{os.path.join(resolved, name)}"
+            )
+        if heir:
+            raise UnsafeError(
+                f"{heir} may write to what is made in the socket's directory "
+                f"{_described(resolved, status)}, by its default access control list: "
+                f"setfacl -k {resolved}"
             )
 
     def _walk(self, directory: str) -> str:
@@ -147,29 +157,45 @@ class Access:
     def _check_above(self, place: str) -> None:
         """Nobody else may exchange what is in a directory on the way."""
         status = os.stat(place)
-        who = self._strangers_who_write(status)
-        if who and not status.st_mode & stat.S_ISVTX:
-            what = "o-w" if status.st_mode & stat.S_IWOTH else "g-w"
+        if status.st_mode & stat.S_ISVTX:
+            return
+        for who, cure in self._strangers_who_write(place, status):
             raise UnsafeError(
                 f"{who} may write to {_described(place, status)}, above the socket, and so put "
-                f"another directory there: chmod {what} {place}"
+                f"another directory there: {cure}"
             )
 
     def _check_owner(self, place: str, status: os.stat_result) -> None:
-        trusted = {0, os.geteuid(), *([self.account.uid] if self.account is not None else [])}
-        if status.st_uid not in trusted:
+        if status.st_uid not in self._trusted_users():
             raise UnsafeError(
                 f"{_described(place, status)} belongs to another user, who could replace the "
                 "socket: use a directory below none of theirs"
             )
 
-    def _strangers_who_write(self, status: os.stat_result) -> str:
-        """Who, beside those we trust, may write there; empty where nobody may."""
+    def _strangers_who_write(self, place: str, status: os.stat_result) -> Iterator[tuple[str, str]]:
+        """Who, beside those we trust, may write there, and what makes an end of it."""
         if status.st_mode & stat.S_IWOTH:
-            return "everybody"
-        if status.st_mode & stat.S_IWGRP and status.st_gid not in self._trusted_groups():
-            return f"the group {_group_name(status.st_gid)}"
-        return ""
+            yield "everybody", f"chmod o-w {place}"
+        # With a list, these bits of the mode are its mask: for whom, it alone says.
+        if not status.st_mode & stat.S_IWGRP:
+            return
+        listed = _acl.writers(place, _acl.ACCESS)
+        owning = listed is None or (_acl.GROUP_OBJ, -1) in listed
+        if owning and status.st_gid not in self._trusted_groups():
+            cure = f"chmod g-w {place}" if listed is None else f"setfacl -m g::r-x {place}"
+            yield f"the group {_group_name(status.st_gid)}", cure
+        yield from self._strangers_in(place, _acl.ACCESS)
+
+    def _strangers_in(self, place: str, name: str) -> Iterator[tuple[str, str]]:
+        """The same for the users and groups that an access control list names."""
+        for kind, number in _acl.writers(place, name) or ():
+            if kind == _acl.USER and number not in self._trusted_users():
+                yield f"the user {_user_name(number)}", f"setfacl -x u:{number} {place}"
+            if kind == _acl.GROUP and number not in self._trusted_groups():
+                yield f"the group {_group_name(number)}", f"setfacl -x g:{number} {place}"
+
+    def _trusted_users(self) -> Collection[int]:
+        return {0, os.geteuid(), *([self.account.uid] if self.account is not None else [])}
 
     def _trusted_groups(self) -> Collection[int]:
         trusted = {0}
@@ -210,9 +236,11 @@ class Access:
             if (
                 not stat.S_ISSOCK(status.st_mode)
                 or (status.st_uid, status.st_nlink) != (os.geteuid(), 1)
-                or stat.S_IMODE(status.st_mode) != 0o600
+                or stat.S_IMODE(status.st_mode) & ~0o600
             ):
                 raise UnsafeError(f"{self.where} was replaced while it was opened")
+            # What the directory's default list gave it would be in force again with the new mode.
+            _acl.remove(target)
             self._give_away(target)
             os.chmod(target, self._mode)
         finally:
@@ -243,8 +271,21 @@ class Access:
                 self.check_directory()
             except UnsafeError as exc:
                 warn(str(exc))
+        if self.kind == "unix":
+            self._warn_of_remains()
         if os.geteuid() == 0:
             warn("the filter runs as root: give it a user of its own (user=, --user)")
+
+    def _warn_of_remains(self) -> None:
+        directory = os.path.dirname(self.where) or "."
+        if not os.access(directory, os.W_OK | os.X_OK):
+            user = _user_name(os.geteuid())
+            name = os.path.splitext(os.path.basename(self.where))[0]
+            warn(
+                f"the socket {self.where} will be left behind when the filter stops, as {user} may "
+                f"not write to {directory}: use a directory of the filter's own, such as: "
+                f"install -d -o {user} -m 0750 {os.path.join(directory, name)}"
+            )
 
     def _warn_of_tcp(self) -> None:
         local = _is_local(self.kind, self.where)
@@ -349,7 +390,9 @@ def warn(message: str, level: str = "warning") -> None:
         level: of the record, by the name of a logger's method.
     """
     if "logging" in sys.modules:
-        getattr(sys.modules["logging"].getLogger("milter"), level)("%s", message)
+        from ._logging import logger
+
+        getattr(logger(), level)("%s", message)
     elif level == "warning":
         # What logging does as long as nobody has set it up.
         sys.stderr.write(f"{message}\n")  # in one piece, also where it is not buffered
@@ -359,11 +402,12 @@ def warn(message: str, level: str = "warning") -> None:
 
 
 def _take_apart(conn: str) -> tuple[str, str]:
-    scheme, colon, rest = conn.partition(":")
-    if not colon:
-        return "unix", conn
-    kind = scheme.lower()
-    return ("unix" if kind in ("", "local", "unix") else kind), rest
+    """The kind of a socket, and its path, its host (empty for all) or its descriptor."""
+    try:
+        kind, where, _ = milter._parse_socket(conn)
+    except ValueError as exc:
+        raise milter.InvalidArgument(f"socket {conn!r}: {exc}") from None
+    return kind, "" if where is None else str(where)
 
 
 def _checked_mode(mode: object) -> int:
@@ -428,13 +472,12 @@ def _is_local(kind: str, where: str) -> bool | None:
             if inherited.family not in (socket.AF_INET, socket.AF_INET6):
                 return None
             return _is_loopback(inherited.getsockname()[0])
-    host = where.partition("@")[2].strip("[]")
-    if not host:
+    if not where:
         return False
     family = socket.AF_INET6 if kind == "inet6" else socket.AF_INET
     try:
-        found = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)
-    except OSError:
+        found = socket.getaddrinfo(where, None, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # the latter for what cannot be a name in the DNS
         return False
     return all(_is_loopback(str(each[4][0])) for each in found)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
 from collections.abc import Mapping
 
-_log = logging.getLogger(__name__)
+from ._logging import logger
+
+_log = logger(__name__)
 
 
 class Notifier:
     """Tells the service manager about this process; does nothing where there is none.
 
-    :param environment: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are looked up.
+    Args:
+        environment: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are looked up.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
@@ -58,7 +60,8 @@ class Notifier:
     def ready(self, status: str, feed: bool = True) -> None:
         """The service serves from now on; the watchdog is fed where one is asked for.
 
-        :param feed: by a thread; without it the caller does so, with :meth:`alive`.
+        Args:
+            feed: by a thread; without it the caller does so, with :meth:`alive`.
         """
         self.notify(f"READY=1\nSTATUS={status}")
         if feed and self.interval is not None:
@@ -73,6 +76,10 @@ class Notifier:
             self.alive()
             if self._end.wait(self._interval):
                 return
+
+    def feed_no_more(self) -> None:
+        """Another process gives the signs of life from now on."""
+        self._end.set()
 
     def stopping(self) -> None:
         """The service begins to stop.  The watchdog is still fed, as that may take a while."""

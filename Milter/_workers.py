@@ -26,7 +26,9 @@ from typing import Any
 
 import milter
 
-_log = logging.getLogger("milter.workers")
+from ._logging import logger
+
+_log = logger("milter.workers")
 
 MAX_WORKERS = 512
 
@@ -141,6 +143,7 @@ def supervise(
     on_stop: Callable[[], object] | None = None,
     on_beat: Callable[[], object] | None = None,
     beat: float | None = None,
+    on_signal: Callable[[], object] | None = None,
 ) -> None:
     """Serve on the open socket with so many processes; returns when all have ended.
 
@@ -152,13 +155,15 @@ def supervise(
         on_stop: called here once, when they are about to be stopped.
         on_beat: called here every ``beat`` seconds once all serve.
         beat: see there; None means never.
+        on_signal: called here for each signal that asks for a stop. With it, these signals go on
+            to be handled so after this has returned.
 
     Raises:
         milter.error: the workers die at once, again and again; or one did not end well when
             all were stopped.
         SystemExit: ``sys.exit()`` was called in a callback.
     """
-    _Supervisor(count, worker_init, pin, on_ready, on_stop, on_beat, beat).run()
+    _Supervisor(count, worker_init, pin, on_ready, on_stop, on_beat, beat, on_signal).run()
 
 
 class _Worker:
@@ -190,6 +195,7 @@ class _Supervisor:
         on_stop: Callable[[], object] | None,
         on_beat: Callable[[], object] | None,
         beat: float | None,
+        on_signal: Callable[[], object] | None,
     ) -> None:
         self._workers = [_Worker(number) for number in range(count)]
         self._worker_init = worker_init
@@ -198,6 +204,7 @@ class _Supervisor:
         self._on_stop = on_stop
         self._on_beat = on_beat
         self._beat = beat
+        self._signal_hook = on_signal
         self._next_beat: float | None = None
         self._told_of_ready = False
         self._stop = False
@@ -250,7 +257,8 @@ class _Supervisor:
         self._wakeup = _pipe(stack)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
         stack.callback(self._return_wakeup_fd)
-        stack.callback(self._restore_handlers)
+        if self._signal_hook is None:
+            stack.callback(self._restore_handlers)
         for number in _STOPS:
             handler = signal.getsignal(number)
             if handler in (signal.SIG_DFL, signal.default_int_handler):
@@ -268,6 +276,10 @@ class _Supervisor:
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._stop = True
+        if self._signal_hook is not None:
+            self._signal_hook()
+            if self._stopping:
+                self._set_deadline()  # it may have less patience than before
 
     def _has_ended(self) -> bool:
         return self._stopping and not any(worker.pid for worker in self._workers)
@@ -487,8 +499,7 @@ class _Supervisor:
 
     def _begin_to_stop(self) -> None:
         self._stopping = True
-        _, drain, close = milter._stop_state()
-        self._deadline = time.monotonic() + (drain + close) / 1000 + GRACE
+        self._set_deadline()
         _close_socket()
         for worker in self._workers:
             if worker.ready_at is None:
@@ -498,6 +509,10 @@ class _Supervisor:
                 worker.lifeline = -1
         if self._on_stop is not None:
             self._on_stop()
+
+    def _set_deadline(self) -> None:
+        _, drain, close = milter._stop_state()
+        self._deadline = time.monotonic() + (drain + close) / 1000 + GRACE
 
     def _kill_late_ones(self, now: float) -> None:
         if now < self._deadline:

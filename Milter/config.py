@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from configparser import ConfigParser, NoOptionError, NoSectionError
 from typing import Any, NoReturn
 
+from ._domains import DomainDict
+
 __all__ = ["MilterConfigParser"]
 
 _FILE = "file:"
@@ -20,10 +22,12 @@ class _Defaults(dict[str, str]):
 
 
 class MilterConfigParser(ConfigParser):
-    r"""A ``ConfigParser`` whose *defaults* do not show up as options of every section.
+    r"""A ``ConfigParser`` whose defaults do not show up as options of every section.
 
-    They answer ``get`` alone, for options that a section has not.  A section or option that is
-    missing is no error for the methods of this class.
+    A section or option that is missing is no error for the methods of this class.
+
+    Args:
+        defaults: values that ``get`` alone gives, for options that a section has not.
 
     >>> config = MilterConfigParser({"port": "1025"})
     >>> config.read_string("[milter]\ntrusted = root@example.com, admin@Example.org")
@@ -43,29 +47,39 @@ class MilterConfigParser(ConfigParser):
     def get(  # type: ignore[override]
         self, sect: str, opt: str, fallback: Any = None, **kwds: Any
     ) -> Any:
-        """The option's value; where the section has it not, *fallback* or the parser's default.
+        """The option's value.
 
-        Other keywords are those of ``ConfigParser.get``.  Raises
-        ``configparser.InterpolationError`` for a lone ``%`` that refers to no option.
+        Args:
+            sect: the section.
+            opt: the option.
+            fallback: what is returned where the section has it not; None is the parser's default.
+            kwds: those of ``ConfigParser.get``.
+
+        Raises:
+            configparser.InterpolationError: a lone ``%`` refers to no option.
         """
         if self.has_option(sect, opt):
             return super().get(sect, opt, **kwds)
         return self._own.get(opt) if fallback is None else fallback
 
-    def getint(self, sect: str, opt: str, **kwds: Any) -> Any:  # type: ignore[override]
+    def getint(self, section: str, option: str, **kwds: Any) -> Any:
         """The option as an int, as ``ConfigParser.getint``, the defaults taken into account."""
-        return super().getint(sect, opt, **kwds) if self._has(sect, opt, kwds) else kwds["fallback"]
+        return (
+            super().getint(section, option, **kwds)
+            if self._has(section, option, kwds)
+            else kwds["fallback"]
+        )
 
-    def getfloat(self, sect: str, opt: str, **kwds: Any) -> Any:  # type: ignore[override]
+    def getfloat(self, section: str, option: str, **kwds: Any) -> Any:
         """The option as a float, as ``ConfigParser.getfloat``, the defaults taken into account."""
-        if self._has(sect, opt, kwds):
-            return super().getfloat(sect, opt, **kwds)
+        if self._has(section, option, kwds):
+            return super().getfloat(section, option, **kwds)
         return kwds["fallback"]
 
-    def getboolean(self, sect: str, opt: str, **kwds: Any) -> Any:  # type: ignore[override]
+    def getboolean(self, section: str, option: str, **kwds: Any) -> Any:
         """The option as a bool, as ``ConfigParser.getboolean``, with the defaults."""
-        if self._has(sect, opt, kwds):
-            return super().getboolean(sect, opt, **kwds)
+        if self._has(section, option, kwds):
+            return super().getboolean(section, option, **kwds)
         return kwds["fallback"]
 
     def _has(self, sect: str, opt: str, kwds: Mapping[str, Any]) -> bool:
@@ -81,11 +95,26 @@ class MilterConfigParser(ConfigParser):
         raise NoOptionError(opt, sect)
 
     def getdefault(self, sect: str, opt: str, default: Any = None) -> Any:
-        """The option's value, or *default*; the parser's own defaults have no say."""
+        """The option's value, without the parser's own defaults.
+
+        Args:
+            sect: the section.
+            opt: the option.
+            default: what is returned where the section has it not.
+        """
         return self.get(sect, opt) if self.has_option(sect, opt) else default
 
     def getintdefault(self, sect: str, opt: str, default: Any = None) -> Any:
-        """The option's value as an int, or *default*.  ValueError where it is no number."""
+        """The option's value as an int, without the parser's own defaults.
+
+        Args:
+            sect: the section.
+            opt: the option.
+            default: what is returned where the section has it not.
+
+        Raises:
+            ValueError: it is no whole number.
+        """
         if not self.has_option(sect, opt):
             return default
         value = self.get(sect, opt)
@@ -95,22 +124,37 @@ class MilterConfigParser(ConfigParser):
             self._refuse(sect, opt, value, "not a whole number")
 
     def getlist(self, sect: str, opt: str) -> list[str]:
-        """The option's comma-separated items without surrounding space; empty ones do not count."""
+        """The option's comma-separated items without surrounding space; empty ones do not count.
+
+        Args:
+            sect: the section.
+            opt: the option.
+        """
         value = self.get(sect, opt) if self.has_option(sect, opt) else ""
         return [item for item in (part.strip() for part in value.split(",")) if item]
 
     def getaddrset(
         self, sect: str, opt: str, dir: str | os.PathLike[str] = ""
     ) -> dict[str, list[str]]:
-        """The option's addresses as a map of domains (in lower case) to local parts.
+        """The option's addresses as a map of domains to local parts.
+
+        The domains are in lower case and without a final dot; the map finds one in any form: in
+        upper case, with a final dot, in Unicode or in ASCII (IDNA).
 
         Items are ``user@dom``, with or without ``<>``, where an empty user conventionally stands
-        for all; and ``file:NAME``, a list of words in the file NAME (relative to *dir*): addresses,
-        or local parts in the domain that the file is named after.  ``#`` begins a comment there.
+        for all; and ``file:NAME``, a list of words in the file NAME: addresses, or local parts in
+        the domain that the file is named after.  ``#`` begins a comment there.
 
-        Raises ValueError for an item that is neither, and OSError for a file that cannot be read.
+        Args:
+            sect: the section.
+            opt: the option.
+            dir: where the files are.
+
+        Raises:
+            ValueError: an item is neither.
+            OSError: a file cannot be read.
         """
-        result: dict[str, list[str]] = {}
+        result = DomainDict[list[str]]()
         for item in self.getlist(sect, opt):
             if item.startswith(_FILE):
                 name = item[len(_FILE) :].strip()
@@ -123,14 +167,22 @@ class MilterConfigParser(ConfigParser):
                     user, host = host, domain
                 if not host:
                     self._refuse(sect, opt, word, "neither user@domain nor file:NAME")
-                result.setdefault(host.lower(), []).append(user)
+                result.setdefault(result.key_for(host), []).append(user)
         return result
 
     def getaddrdict(self, sect: str, opt: str, dir: str | os.PathLike[str] = "") -> dict[str, str]:
-        """A map of addresses to the option that lists them, for the options that *opt* names.
+        """A map of addresses to the option that lists them.
 
-        An item ``file:NAME`` stands for the words in that file (relative to *dir*).  An address
-        that several options list belongs to the last.  Raises OSError where a file cannot be read.
+        An item ``file:NAME`` stands for the words in that file.  An address that several options
+        list belongs to the last.
+
+        Args:
+            sect: the section.
+            opt: the option that names the others.
+            dir: where the files are.
+
+        Raises:
+            OSError: a file cannot be read.
         """
         result: dict[str, str] = {}
         for name in self.getlist(sect, opt):
@@ -149,6 +201,7 @@ class MilterConfigParser(ConfigParser):
 
 def _words(path: str | os.PathLike[str]) -> Iterator[str]:
     """The words of a text file, without comments."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as fp:
+    # An editor may have put a byte order mark before the first.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as fp:
         for line in fp:
             yield from line.partition("#")[0].split()

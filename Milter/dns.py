@@ -10,10 +10,13 @@ By default the servers of ``/etc/resolv.conf`` are asked, each session reading i
 from __future__ import annotations
 
 import ipaddress
+import re
 import struct
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Union
+
+from ._extras import unusable
 
 if TYPE_CHECKING:
     import dns.rdata
@@ -51,15 +54,20 @@ def DNSLookup(
     Answers that do not fit a datagram are asked for again over TCP; a server that fails or
     does not answer is followed by the next.
 
-    :param name: the domain name; one that is not ASCII is converted (IDNA)
-    :param qtype: the record type, ``"MX"`` for example
-    :param resolver: a dnspython resolver; by default one made from ``/etc/resolv.conf``
-    :param timeout: seconds that the whole look-up may take
-    :returns: the records of the answer and additional sections; empty for a name that does not
-        exist, has no such record, or cannot exist (an empty or over-long label)
-    :raises DNSError: no server gave an answer in time
-    :raises ValueError: *qtype* is no record type
-    :raises ImportError: dnspython is not installed
+    Args:
+        name: the domain name; one that is not ASCII is converted (IDNA).
+        qtype: the record type, ``"MX"`` for example.
+        resolver: a dnspython resolver; by default one made from ``/etc/resolv.conf``.
+        timeout: seconds that the whole look-up may take.
+
+    Returns:
+        The records of the answer and additional sections; empty for a name that does not exist, has
+        no such record, or cannot exist (an empty or over-long label).
+
+    Raises:
+        DNSError: no server gave an answer in time.
+        ValueError: *qtype* is no record type.
+        ImportError: dnspython is not installed.
     """
     _require_dnspython()
     import dns.exception
@@ -95,9 +103,7 @@ def _require_dnspython() -> None:
     try:
         import dns.resolver  # noqa: F401 - only whether it can be imported
     except ImportError as exc:
-        raise ImportError(
-            "Milter.dns needs dnspython: pip install 'pymilter[dns]'", name=exc.name
-        ) from exc
+        raise unusable("Milter.dns", "dnspython", "dns", exc) from exc
 
 
 def _record_type(qtype: str) -> dns.rdatatype.RdataType:
@@ -137,7 +143,7 @@ def _host(name: dns.name.Name) -> str:
 def _data(rdata: dns.rdata.Rdata) -> Data:
     """Return a record's data in the form that the module promises."""
     import dns.rdatatype
-    from dns.rdtypes.ANY import MX
+    from dns.rdtypes.ANY import MX, URI
     from dns.rdtypes.mxbase import MXBase
     from dns.rdtypes.nsbase import NSBase
     from dns.rdtypes.txtbase import TXTBase
@@ -148,13 +154,23 @@ def _data(rdata: dns.rdata.Rdata) -> Data:
         return tuple(rdata.strings)
     if isinstance(rdata, NSBase):  # CNAME, DNAME, NS and PTR share it
         return _host(rdata.target)
+    if isinstance(rdata, URI.URI):
+        # Each version of dnspython has a form of its own, and none had some of these texts.
+        return f"{rdata.priority} {rdata.weight} {_quoted(rdata.target)}"
     try:
         text = rdata.to_text()
-    except Exception:  # noqa: BLE001 - dnspython has none to promise: the target of a URI is decoded
+    except Exception:  # noqa: BLE001 - dnspython promises none
         return rdata.to_generic().to_text()  # RFC 3597, 5: \# length hexadecimal
     if rdata.rdtype == dns.rdatatype.AAAA:
         return ipaddress.IPv6Address(text).packed
     return text
+
+
+def _quoted(data: bytes) -> str:
+    """Write a character-string as zone files do (RFC 1035 section 5.1)."""
+    special = re.compile(rb'(["\\])|[^ -~]')
+    text = special.sub(lambda m: b"\\" + (m[1] or b"%03d" % ord(m[0])), data)
+    return f'"{text.decode("ascii")}"'
 
 
 _own_lookup = DNSLookup
@@ -163,11 +179,14 @@ _own_lookup = DNSLookup
 class Session:
     """Look-ups that remember their answers; make one for each message.
 
-    :param resolver: a dnspython resolver to ask through
-    :param servers: name servers to ask instead of those in ``/etc/resolv.conf``: IP
-        addresses, or pairs of address and port
-    :param timeout: seconds that one look-up may take
-    :raises ValueError: both *resolver* and *servers*, or a server that is no address and port
+    Args:
+        resolver: a dnspython resolver to ask through.
+        servers: name servers to ask instead of those in ``/etc/resolv.conf``: IP addresses, or
+            pairs of address and port.
+        timeout: seconds that one look-up may take.
+
+    Raises:
+        ValueError: both *resolver* and *servers*, or a server that is no address and port.
     """
 
     #: Which records of an answer are believed beyond the question, as pairs of the type
@@ -209,16 +228,21 @@ class Session:
 
         CNAME records are followed, at most :data:`MAX_CNAME` of them.
 
-        :param name: the domain name
-        :param qtype: the record type, ``"A"`` for example
-        :param cnames: names already gone through on the way to *name*, to recognise a loop
-        :param timeout: seconds that this call may take; :attr:`timeout` by default
-        :returns: a new list: dotted text (A), 16 bytes (AAAA), ``(preference, host)`` (MX), a
-            tuple of bytes (TXT, SPF), text (all others); empty where the name does not
-            exist, has no such record, or cannot exist
-        :raises DNSError: no server answered in time, or aliases form a loop or too long a chain
-        :raises ValueError: *qtype* is no record type
-        :raises ImportError: dnspython is not installed
+        Args:
+            name: the domain name.
+            qtype: the record type, ``"A"`` for example.
+            cnames: names already gone through on the way to *name*, to recognise a loop.
+            timeout: seconds that this call may take; :attr:`timeout` by default.
+
+        Returns:
+            A new list: dotted text (A), 16 bytes (AAAA), ``(preference, host)`` (MX), a tuple of
+            bytes (TXT, SPF), text (all others); empty where the name does not exist, has no such
+            record, or cannot exist.
+
+        Raises:
+            DNSError: no server answered in time, or aliases form a loop or too long a chain.
+            ValueError: *qtype* is no record type.
+            ImportError: dnspython is not installed.
         """
         owner = name.lower().rstrip(".")
         qtype = qtype.upper()
@@ -240,10 +264,13 @@ class Session:
     def dns_txt(self, domainname: str, enc: str | None = "ascii") -> list[str]:
         """Return the TXT records of a name, the strings of each joined.
 
-        :param domainname: the domain name
-        :param enc: the encoding; bytes it does not have become lone surrogates, as in all
-            text from the network here, and ``text.encode(enc, "surrogateescape")`` is the original
-        :raises DNSError: as for :meth:`dns`
+        Args:
+            domainname: the domain name.
+            enc: the encoding; bytes it does not have become lone surrogates, as in all text from
+                the network here, and ``text.encode(enc, "surrogateescape")`` is the original.
+
+        Raises:
+            DNSError: as for :meth:`dns`.
         """
         return [
             b"".join(s for s in strings if isinstance(s, bytes)).decode(

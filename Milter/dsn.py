@@ -4,6 +4,16 @@
 delivers a notification, without one it stops before DATA and so learns whether the sender's
 address would be accepted. :func:`create_msg` makes the message from a template.
 
+The servers are tried in order of preference (RFC 5321 section 5.1), or the domain's own addresses
+where it has no MX, over IPv4 and IPv6. The next one is tried after a temporary failure; a permanent
+refusal of the sender, the recipient or the message is final. The first digit of a reply decides.
+
+STARTTLS is used where offered (RFC 3207): certificates are not verified, as usual between mail
+servers, and where the handshake fails the server is tried again without. Addresses that are not
+ASCII need a server with SMTPUTF8 (RFC 6531); a domain is converted (IDNA). Text that is not ASCII
+is sent in a transfer encoding to a server without 8BITMIME, and long lines to any, with their own
+bytes.
+
 Send notifications only to envelope senders that are known not to be forged, and remember the
 results of validations: both cost other people's servers work.
 
@@ -14,26 +24,25 @@ its ``dns(name, qtype)`` method given as *session*.
 from __future__ import annotations
 
 import email.message
-import email.policy
-import email.utils
-import io
 import ipaddress
 import queue
 import random
 import re
 import smtplib
 import socket
-import ssl
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from email.header import Header
-from typing import Any, Callable, Protocol, Union
+from typing import Any, Protocol, Union
 
+from Milter import _domains, _smtp_body
+from Milter._dsn_template import Vars, create_msg
+from Milter._smtp_client import Client, Limits, NoEncryption, remaining
 from Milter.dns import DNSError, Session
 from Milter.utils import dnsre, iniplist, ip4re, ip6re, parse_addr
 
-__all__ = ["create_msg", "send_dsn"]
+__all__ = ["Vars", "create_msg", "send_dsn"]
 
 #: The TCP port of mail servers. Tests, and sites behind a relay, may set another.
 PORT = 25
@@ -91,64 +100,43 @@ def send_dsn(
 ) -> Result:
     """Send a message to an envelope sender, or ask its server whether it would be accepted.
 
-    The mail servers of the sender's domain are tried in order of preference (RFC 5321
-    section 5.1), or the domain's own addresses where it has no MX, over IPv4 and IPv6. The next one
-    is tried after a temporary failure; a permanent refusal of the sender, the recipient or
-    the message is final.
+    Args:
+        mailfrom: the address to send to, or a list of addresses in one domain.
+        receiver: the name of the host that we are, for HELO.
+        msg: the message; None validates the address only (MAIL and RCPT, then QUIT).
+        timeout: seconds that the whole call may take. A *session* that is no
+            :class:`Milter.dns.Session` is asked without a limit.
+        session: where to look up MX and addresses; a new :class:`Milter.dns.Session` by default.
+        ourfrom: the envelope sender, null by default; where a message's null sender is refused,
+            ``postmaster@receiver`` is tried.
+        avoid: addresses never connected to, as patterns of :func:`Milter.utils.iniplist`;
+            ``Milter.dsn.AVOID`` by default. ``()`` allows all, for a *session* that leads to a
+            relay on this host, and for tests; private networks may be added.
 
-    STARTTLS is used where offered (RFC 3207): certificates are not verified, as usual between
-    mail servers, and where the handshake fails the server is tried again without. Addresses
-    that are not ASCII need a server with SMTPUTF8 (RFC 6531); a domain is converted (IDNA).
+    Returns:
+        None where all was accepted; ``(code, text)`` for a refusal; for a list of addresses, those
+        refused at RCPT as a dict ``{address: (code, text)}`` (the message went to the others). 450
+        stands for trouble with DNS, no server that answers (or whose reply never ends), and out of
+        time; 553 for a server that greets with our name or none, and for a domain all of whose
+        servers are in *avoid*; 554 for a message that the servers cannot be sent in any form; 556
+        for a domain that takes no mail (RFC 7505).
 
-    :param mailfrom: the address to send to, or a list of addresses in one domain
-    :param receiver: the name of the host that we are, for HELO
-    :param msg: the message; None validates the address only (MAIL and RCPT, then QUIT)
-    :param timeout: seconds that the whole call may take. A *session* that is no
-        :class:`Milter.dns.Session` is asked without a limit
-    :param session: where to look up MX and addresses; a new :class:`Milter.dns.Session` by
-        default
-    :param ourfrom: the envelope sender, null by default; where a message's null sender
-        is refused, ``postmaster@receiver`` is tried
-    :param avoid: addresses never connected to, as patterns of :func:`Milter.utils.iniplist`;
-        ``Milter.dsn.AVOID`` by default: this host, its link, multicast and what is reserved, to
-        which a stranger's domain may lead as well as to anywhere else. ``()`` allows them, for a
-        *session* that leads to a relay on this host, and for tests; private networks may be added
-    :returns: None where all was accepted; ``(code, text)`` for a refusal; for a
-        list of addresses, those refused at RCPT as a dict ``{address: (code, text)}`` (the
-        message went to the others). 450 stands for trouble with DNS, no server that
-        answers (or whose reply never ends), and out of time; 553 for a server that greets
-        with our name or none, and for a domain all of whose servers are in *avoid*; 556 for
-        a domain that takes no mail (RFC 7505)
-    :raises ValueError: an address is empty, has no domain or cannot be sent in a command;
-        domains differ
-    :raises ImportError: *session* is needed and dnspython is not installed
+    Raises:
+        ValueError: an address is empty, has no domain or cannot be sent in a command; domains
+            differ.
+        ImportError: *session* is needed and dnspython is not installed.
     """
     recipients = [mailfrom] if isinstance(mailfrom, str) else list(mailfrom)
     domain = _common_domain(recipients)
-    shown = _one_line(domain)
     if ourfrom.strip("<>"):
         _check_address(ourfrom, "ourfrom")
     delivery = _Delivery(recipients, receiver, msg, ourfrom)
     avoided = AVOID if avoid is None else [avoid] if isinstance(avoid, str) else list(avoid)
     deadline = time.monotonic() + timeout
-    failure: Result = (450, f"no mail server of {shown} answers")
+    shown = _one_line(domain)
     try:
-        for host, address in _servers(domain, session or Session(), deadline, avoided):
-            try:
-                refused = delivery.attempt(host, address, deadline)
-            except _Refused as exc:
-                failure = exc.reply
-                if exc.final:
-                    return failure
-            except (smtplib.SMTPException, OSError):
-                pass  # RFC 5321 section 5.1: the next one
-            else:
-                answer = next(iter(refused.values()), None)
-                result: Result = answer if isinstance(mailfrom, str) else refused or None
-                if len(refused) < len(recipients) or any(c >= 500 for c, _ in refused.values()):
-                    return result
-                failure = result
-            _remaining(deadline)
+        servers = _servers(domain, session or Session(), deadline, avoided)
+        answer = delivery.first_answer(servers, deadline)
     except DNSError as exc:
         return 450, f"DNS trouble: {_one_line(str(exc))}"
     except TimeoutError:
@@ -157,7 +145,9 @@ def send_dsn(
         return 553, f"5.4.4 no mail server of {shown} has an address to connect to"
     except _NullMX:
         return 556, f"5.1.10 {shown} accepts no mail (null MX)"
-    return failure
+    if isinstance(mailfrom, str) and isinstance(answer, dict):
+        return next(iter(answer.values()), None)
+    return (450, f"no mail server of {shown} answers") if answer is None else answer or None
 
 
 class _Refused(Exception):
@@ -169,10 +159,6 @@ class _Refused(Exception):
         self.final = reply[0] >= 500 if final is None else final
 
 
-class _NoEncryption(Exception):
-    """STARTTLS was accepted and the handshake failed."""
-
-
 class _NullMX(Exception):
     """The domain declares that it accepts no mail (RFC 7505)."""
 
@@ -181,23 +167,12 @@ class _AllAvoided(Exception):
     """The domain's servers are all where none is connected to."""
 
 
-def _remaining(deadline: float) -> float:
-    """Return the seconds left.
-
-    :raises TimeoutError: none are
-    """
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("out of time")
-    return left
-
-
 def _check_address(address: str, argument: str) -> None:
     """Refuse what could not be sent between angle brackets."""
     bare = address[1:-1] if address.startswith("<") and address.endswith(">") else address
-    # IDNA has other forms of the characters that end an address, a wide ">" for example, and
-    # turns them into those: what is sent counts as much as what was given.
-    if not all(map(_can_be_sent, (bare, _path(address)[1:-1]))):
+    # Unicode has other forms of the characters that end an address, a wide ">" for example, and
+    # who converts the domain turns them into those.
+    if not all(map(_can_be_sent, (bare, unicodedata.normalize("NFKC", bare)))):
         raise ValueError(f"{argument}: {address!r} must be an e-mail address")
     try:
         bare.encode()
@@ -229,7 +204,7 @@ def _common_domain(addresses: Sequence[str]) -> str:
         parts = parse_addr(address)
         if len(parts) < 2 or not parts[1] or '"' in parts[1]:
             raise ValueError(f"mailfrom: {address!r} must have a domain")
-        domains.add(_ascii_domain(parts[1]).lower())
+        domains.add(_ascii_domain(parts[1]).lower().rstrip("."))
     if len(domains) > 1:
         raise ValueError(f"mailfrom must be addresses in one domain, not in {sorted(domains)}")
     return domains.pop()
@@ -237,12 +212,7 @@ def _common_domain(addresses: Sequence[str]) -> str:
 
 def _ascii_domain(domain: str) -> str:
     """Convert a domain to IDNA; one that has no such form stays as it is."""
-    if domain.isascii() or len(domain) > 255:
-        return domain
-    try:
-        return domain.encode("idna").decode()
-    except UnicodeError:
-        return domain
+    return domain if domain.isascii() else _domains.canonical(domain)
 
 
 def _servers(
@@ -250,7 +220,8 @@ def _servers(
 ) -> Iterator[tuple[str, str]]:
     """Find the mail servers of a domain: host name and IP address, the preferred ones first.
 
-    :raises _AllAvoided: there are servers, and all of them in *avoid*
+    Raises:
+        _AllAvoided: there are servers, and all of them in *avoid*.
     """
     usable = avoided = unknown = False
     for host in _exchanges(domain, session, deadline):
@@ -316,7 +287,7 @@ def _addresses(host: str, session: Resolver, deadline: float) -> list[str]:
 
 def _ask(session: Resolver, name: str, qtype: str, deadline: float) -> Sequence[Any]:
     """Look something up within the time left."""
-    left = _remaining(deadline)
+    left = remaining(deadline)
     if isinstance(session, Session):
         return session.dns(name, qtype, timeout=min(left, session.timeout))
     return session.dns(name, qtype)
@@ -331,7 +302,7 @@ def _system_addresses(host: str, deadline: float) -> list[str]:
 
     threading.Thread(target=look_up, name=f"look up {host}", daemon=True).start()
     try:
-        return answer.get(timeout=_remaining(deadline))
+        return answer.get(timeout=remaining(deadline))
     except queue.Empty:
         raise TimeoutError(f"looking up {host}") from None
 
@@ -359,21 +330,48 @@ class _Delivery:
         self._msg = msg
         self._sender = _path(ourfrom)
 
+    def first_answer(
+        self, servers: Iterable[tuple[str, str]], deadline: float
+    ) -> Reply | dict[str, Reply] | None:
+        """Talk to one server after the other, until one says something final.
+
+        Returns what was refused to whom, or all of it; None where no server answers.
+        """
+        last: Reply | dict[str, Reply] | None = None
+        for host, address in servers:
+            try:
+                refused = self.attempt(host, address, deadline)
+            except _Refused as exc:
+                last = exc.reply
+                if exc.final:
+                    return last
+            except (smtplib.SMTPException, OSError):
+                pass  # RFC 5321 section 5.1: the next one
+            else:
+                last = refused
+                codes = [code for code, _ in refused.values()]
+                if len(codes) < len(self._recipients) or any(code >= 500 for code in codes):
+                    return last
+            remaining(deadline)
+        return last
+
     def attempt(self, host: str, address: str, deadline: float) -> dict[str, Reply]:
         """Talk to one server; returns the refused recipients.
 
-        :raises _Refused: it refused all of it
-        :raises OSError: the connection failed; so does smtplib.SMTPException
+        Raises:
+            _Refused: it refused all of it.
+            OSError: the connection failed; so does smtplib.SMTPException.
         """
         try:
             return self._dialogue(host, address, deadline, encrypt=True)
-        except _NoEncryption:
+        except NoEncryption:
             return self._dialogue(host, address, deadline, encrypt=False)
 
     def _dialogue(
         self, host: str, address: str, deadline: float, *, encrypt: bool
     ) -> dict[str, Reply]:
-        smtp = _Client(self._receiver, deadline)
+        limits = Limits(CONNECT_TIMEOUT, QUIT_TIMEOUT, MAX_REPLY)
+        smtp = Client(self._receiver, deadline, limits)
         try:
             self._greet(smtp, address)
             if encrypt and smtp.has_extn("starttls"):
@@ -382,39 +380,45 @@ class _Delivery:
         finally:
             smtp.leave()
 
-    def _greet(self, smtp: _Client, address: str) -> None:
+    def _greet(self, smtp: Client, address: str) -> None:
         """Connect and say EHLO, or HELO where that is not understood."""
         code, banner = smtp.connect(address, PORT)
-        if code != 220:
+        if not _is_positive(code):
             raise _Refused(_reply(code, banner), final=False)
-        name = next(iter(banner.decode("latin-1").split()), "").rstrip(".")
+        name = next(iter(banner.decode("utf-8", "surrogateescape").split()), "").rstrip(".")
         if not name:
             raise _Refused((553, f"{address} greets with an empty banner"), final=True)
-        if name.lower() == self._receiver.rstrip(".").lower():
-            raise _Refused((553, f"{address} greets as {name}, which is ourselves"), final=True)
-        if smtp.ehlo()[0] != 250:
+        if _domains.canonical(name) == _domains.canonical(self._receiver):
+            shown = _one_line(name)
+            raise _Refused((553, f"{address} greets as {shown}, which is ourselves"), final=True)
+        if not _is_positive(smtp.ehlo()[0]):
             code, text = smtp.helo()
-            if code != 250:
+            if not _is_positive(code):
                 raise _Refused(_reply(code, text), final=False)
 
-    def _transaction(self, smtp: _Client) -> dict[str, Reply]:
+    def _transaction(self, smtp: Client) -> dict[str, Reply]:
         self._mail(smtp)
         refused = {}
         for recipient in self._recipients:
             code, text = smtp.docmd(f"RCPT TO:{_path(recipient)}")
-            if code not in (250, 251):
+            if not _is_positive(code):
                 refused[recipient] = _reply(code, text)
         if self._msg is not None and len(refused) < len(self._recipients):
-            try:
-                code, text = smtp.data(_wire_form(self._msg, smtp.has_extn("8bitmime")))
-            except smtplib.SMTPDataError as exc:
-                # The message itself was not asked for.
-                code, text = exc.smtp_code, _as_bytes(exc.smtp_error)
-            if code != 250:
-                raise _Refused(_reply(code, text))
+            self._send(smtp, self._msg)
         return refused
 
-    def _mail(self, smtp: _Client) -> None:
+    def _send(self, smtp: Client, msg: email.message.Message | str | bytes) -> None:
+        """Send the message, in a form that the server takes."""
+        try:
+            data = _smtp_body.for_data(msg, smtp.has_extn("8bitmime"))
+        except _smtp_body.Unsendable as exc:
+            # Another server may take it as it is.
+            raise _Refused((554, f"5.6.3 {_one_line(str(exc))}"), final=False) from exc
+        code, text = smtp.message(data)
+        if not _is_positive(code):
+            raise _Refused(_reply(code, text))
+
+    def _mail(self, smtp: Client) -> None:
         """Give the envelope sender; ours where a message's null one is refused."""
         options = ""
         if not all(_path(a).isascii() for a in (self._sender, *self._recipients)):
@@ -428,7 +432,7 @@ class _Delivery:
         if code >= 500 and self._sender == "<>" and self._msg is not None:
             smtp.rset()
             code, text = smtp.docmd(f"MAIL FROM:<postmaster@{self._receiver}>{options}")
-        if code != 250:
+        if not _is_positive(code):
             raise _Refused(_reply(code, text))
 
 
@@ -441,6 +445,11 @@ def _path(address: str) -> str:
     return f"<{local}{at}{_ascii_domain(domain)}>"
 
 
+def _is_positive(code: int) -> bool:
+    """Whether a reply says that what was asked is done: its first digit (RFC 5321 4.2.1)."""
+    return code // 100 == 2
+
+
 def _reply(code: int, text: bytes) -> Reply:
     """Make a server's reply presentable: text, on one line, nothing but printable characters.
 
@@ -449,266 +458,5 @@ def _reply(code: int, text: bytes) -> Reply:
     return code if code >= 400 else 450, _one_line(text.decode("utf-8", "replace"))
 
 
-def _as_bytes(text: bytes | str) -> bytes:
-    return text.encode() if isinstance(text, str) else text
-
-
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
-
-
-def _wire_form(msg: email.message.Message | str | bytes, eight_bit: bool) -> bytes:
-    """Write a message as DATA wants it: line ends CRLF and nothing else."""
-    if isinstance(msg, email.message.Message):
-        policy = msg.policy.clone(linesep="\r\n", cte_type="8bit" if eight_bit else "7bit")
-        data = msg.as_bytes(policy=policy)
-    elif isinstance(msg, str):
-        data = msg.encode("utf-8", "surrogateescape")
-    else:
-        data = msg
-    # A lone CR or LF might end the message early in the eyes of some servers.
-    return re.sub(rb"\r\n|\r|\n", b"\r\n", data)
-
-
-class _Client(smtplib.SMTP):
-    """smtplib's client, every step of which ends at the deadline, and every reply at its size.
-
-    A socket's time-out restarts with each byte that arrives, so it alone does not bound a
-    reply; here it is set anew before each read. And smtplib collects the lines of a reply for as
-    long as they come.
-    """
-
-    def __init__(self, local_hostname: str, deadline: float) -> None:
-        self._deadline = deadline
-        self._reply_size = 0
-        super().__init__(local_hostname=local_hostname, timeout=CONNECT_TIMEOUT)
-
-    def connect(
-        self, host: str = "", port: int = 0, source_address: Any = None
-    ) -> tuple[int, bytes]:
-        self.timeout = min(CONNECT_TIMEOUT, _remaining(self._deadline))
-        return super().connect(host, port)
-
-    def getreply(self) -> tuple[int, bytes]:
-        if self.file is None and self.sock is not None:
-            self.file = io.BufferedReader(_ReplyReader(self._receive))
-        self._reply_size = 0
-        return super().getreply()
-
-    def _receive(self, buffer: Any) -> int:
-        """Read what has come of a reply, before the deadline; OSError where it is too long."""
-        assert self.sock is not None
-        if self._reply_size > MAX_REPLY:
-            raise OSError(f"a reply of more than {MAX_REPLY} bytes")
-        self.sock.settimeout(_remaining(self._deadline))
-        size = self.sock.recv_into(buffer)
-        self._reply_size += size
-        return size
-
-    def send(self, s: Any) -> None:
-        if self.sock is not None:
-            self.sock.settimeout(_remaining(self._deadline))
-        super().send(s)
-
-    def encrypt(self, host: str) -> None:
-        """Switch to TLS and greet again; a server that changed its mind is left as it is.
-
-        :raises _NoEncryption: the handshake failed
-        """
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        self._host = host  # the name for SNI, which smtplib takes from here
-        try:
-            self.starttls(context=context)
-        except smtplib.SMTPResponseException:
-            return
-        except ssl.SSLError as exc:
-            raise _NoEncryption from exc
-        self.ehlo()
-
-    def leave(self) -> None:
-        """Say QUIT; whatever becomes of it, the matter is settled."""
-        self._deadline = min(self._deadline, time.monotonic() + QUIT_TIMEOUT)
-        try:
-            if self.sock is not None:
-                self.docmd("QUIT")
-        except (smtplib.SMTPException, OSError):
-            pass
-        finally:
-            self.close()
-
-
-class _ReplyReader(io.RawIOBase):
-    """Makes a file for smtplib to read from."""
-
-    def __init__(self, receive: Callable[[Any], int]) -> None:
-        self._receive = receive
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._receive(buffer)
-
-
-# --- the message ---------------------------------------------------------------------------
-
-
-def create_msg(
-    v: object,
-    rcptlist: Iterable[str] | None = None,
-    origmsg: email.message.Message | None = None,
-    template: str | None = None,
-) -> email.message.Message | None:
-    r"""Make a notification from a template.
-
-    The template is header lines, an empty line and a body. ``%(name)s`` in any of them stands
-    for the attribute *name* of *v*, ``%%`` for a percent sign. To (the sender), From
-    (``postmaster@receiver``) and ``Auto-Submitted: auto-generated`` (RFC 3834) are added
-    where the template lacks them, and what makes it a message of its own: Date, Message-ID,
-    MIME-Version, Content-Type.
-
-    A value cannot add header lines: line ends and other control characters in it become
-    spaces in a header, and in the body of a multipart template, whose parts have headers too.
-
-    :param v: has the attributes, ``sender`` and ``receiver`` at least: the application's own
-        object or an SPF query object, whose ``h s i r o result perm_error`` are ``heloname
-        sender connectip receiver sender_domain result perm_error``
-    :param rcptlist: the recipients of the original message: ``%(rcpt)s``, one a line
-    :param origmsg: the original message: gives ``%(subject)s`` and ``%(spf_result)s`` (its
-        Received-SPF header)
-    :param template: the template; without one there is no message
-    :returns: the message, or None without a template
-    :raises KeyError: the template names what *v* does not have
-    :raises ValueError: the template has a header line without a colon
-
-    >>> class Envelope:
-    ...     sender, receiver = "joe@example.com", "mail.example.org"
-    >>> msg = create_msg(Envelope, template="Subject: Hello %(sender)s\n\nFrom %(receiver)s")
-    >>> msg["Subject"], msg["From"], msg.get_payload()
-    ('Hello joe@example.com', 'postmaster@mail.example.org', 'From mail.example.org')
-    """
-    if template is None:
-        return None
-    values = _Values(v, rcptlist, origmsg)
-    head, _, body = f"\n{template}".replace("\r\n", "\n").partition("\n\n")
-    msg = email.message.Message()
-    values.clean = _header_text
-    for line in filter(None, re.sub(r"\n[ \t]+", " ", head).split("\n")):
-        name, colon, value = line.partition(":")
-        if not re.fullmatch("[!-9;-~]+", name) or not colon:
-            raise ValueError(f"template: {line!r} must be a header line, 'Name: value'")
-        _set_header(msg, name, value.strip() % values)
-    for name, default in {
-        "To": values["sender"],
-        "From": f"postmaster@{values['receiver']}",
-        "Auto-Submitted": "auto-generated",
-        "Date": email.utils.formatdate(),
-        "Message-ID": email.utils.make_msgid(domain=_ascii_domain(str(values["receiver"]))),
-        "MIME-Version": "1.0",
-        "Content-Type": "text/plain",
-    }.items():
-        if name not in msg:
-            _set_header(msg, name, str(default))
-    values.clean = _header_text if msg.get_content_maintype() == "multipart" else str
-    _set_body(msg, body % values)
-    return msg
-
-
-class _Values:
-    """The values that a template can name; text goes through ``clean``."""
-
-    #: What an SPF query object calls them.
-    _SPF = {  # noqa: RUF012 - never changed
-        "heloname": "h",
-        "sender": "s",
-        "connectip": "i",
-        "receiver": "r",
-        "sender_domain": "o",
-    }
-
-    def __init__(
-        self,
-        v: object,
-        rcptlist: Iterable[str] | None,
-        origmsg: email.message.Message | None,
-    ) -> None:
-        self.clean: Callable[[str], str] = str
-        self._v = v
-        self._own: dict[str, Any] = {}
-        if rcptlist is not None:
-            self._own["rcpt"] = "\n\t".join(rcptlist)
-        if origmsg is not None:
-            self._own["subject"] = origmsg["Subject"]
-            self._own["spf_result"] = origmsg["Received-SPF"]
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._find(name)
-        if value is None:
-            return ""
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "surrogateescape")
-        return value if isinstance(value, (int, float)) else self.clean(str(value))
-
-    def _find(self, name: str) -> Any:
-        if name in self._own:
-            return self._own[name]
-        for attribute in (name, self._SPF.get(name, name)):
-            if hasattr(self._v, attribute):
-                return getattr(self._v, attribute)
-        raise KeyError(f"template: %({name})s names no attribute of v: {self._v!r}")
-
-
-def _header_text(text: str) -> str:
-    """Leave nothing in a value that any parser could take for the end of a line."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+[ \t]*", " ", text)
-
-
-_ADDRESS_HEADERS = frozenset(["to", "from", "cc", "sender", "reply-to", "errors-to"])
-
-
-def _set_header(msg: email.message.Message, name: str, value: str) -> None:
-    """Add a header; text other than ASCII is encoded (RFC 2047), in addresses only the names."""
-    if value.isascii():
-        msg[name] = value
-        return
-    if name.lower() in _ADDRESS_HEADERS:
-        full, address = email.utils.parseaddr(value)
-        if address and address.isascii():
-            msg[name] = email.utils.formataddr((_clean(full), address))
-        else:
-            # An address has no encoded form: raw UTF-8, for a server that knows SMTPUTF8.
-            raw = value.encode("utf-8", "surrogateescape")
-            msg[name] = raw.decode("ascii", "surrogateescape")
-    else:
-        msg[name] = Header(_clean(value), "utf-8", header_name=name).encode()
-
-
-def _clean(text: str) -> str:
-    """Replace the lone surrogates that stand for bytes which are no UTF-8."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _set_body(msg: email.message.Message, body: str) -> None:
-    """Set the body; text other than ASCII names its charset."""
-    if msg.get_content_maintype() == "multipart":
-        _set_parts(msg, body)
-    elif body.isascii():
-        msg.set_payload(body)
-    else:
-        charset = msg.get_content_charset() or "utf-8"
-        try:
-            body.encode(charset)
-        except (LookupError, UnicodeError):
-            charset, body = "utf-8", _clean(body)
-        del msg["Content-Transfer-Encoding"], msg["MIME-Version"]
-        msg.set_payload(body, charset)  # which puts both back
-
-
-def _set_parts(msg: email.message.Message, body: str) -> None:
-    """Set the parts of a multipart template."""
-    head = f"Content-Type: {msg['Content-Type']}\n\n".encode()
-    parts = email.message_from_bytes(head + body.encode("utf-8", "surrogateescape"))
-    msg.set_payload(parts.get_payload())
-    msg.preamble, msg.epilogue = parts.preamble, parts.epilogue

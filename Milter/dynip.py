@@ -29,6 +29,9 @@ _MAIL = re.compile(
     r"|webmail|newsletter)[a-z]?[0-9]*\Z"
 ).match
 
+#: The name of a domain that offers to send mail: ``mailgun``, ``sparkpostmail``.
+_MAIL_DOMAIN = re.compile(r"(?:e?mail|smtp)[a-z0-9-]+\Z|[a-z0-9-]+(?:mail|smtp)\Z").match
+
 #: Second levels under which registries of country domains let people register names.
 _PUBLIC_SECOND = frozenset(
     {"ac", "co", "com", "edu", "gob", "gov", "go", "gv", "ltd", "mil", "ne", "net", "org", "plc"}
@@ -52,11 +55,13 @@ def is_dynip(host: str | None, addr: str | None) -> bool:
       and its kinds, ``cable``, ``ppp``, ``dhcp``, ``dyn``, ``dialup``, ``cpe``…
 
     The rules that could hit a server's own name know exceptions: two octets or a line word do not
-    count where the name begins as a mail server's does (``mx3-4``,
-    ``smtp.cable``), and a line word does not where another says ``static``.
+    count where the name begins as a mail server's does (``mx3-4``, ``smtp.cable``), nor do
+    two octets where it is one among a mail service's (``a11-22.smtp-out``, ``m43-7.mailgun``), and
+    a line word does not where another says ``static``.
 
-    :param host: the client's name as the MTA found it
-    :param addr: its address; without a valid one only the name is judged
+    Args:
+        host: the client's name as the MTA found it.
+        addr: its address; without a valid one only the name is judged.
 
     >>> is_dynip("adsl-69-208-201-177.dsl.example.net", "69.208.201.177")
     True
@@ -70,11 +75,26 @@ def is_dynip(host: str | None, addr: str | None) -> bool:
     labels = name.split(".")
     mail_server = bool(_MAIL(re.split("[-_]", labels[0])[0]))
     if isinstance(ip, ipaddress.IPv4Address):
-        if _names_ipv4(name, ip, mail_server):
+        if _names_ipv4(name, ip, mail_server or _is_mail_service(labels)):
             return True
     elif ip is not None and _names_ipv6(name, ip):
         return True
     return not mail_server and _names_line(labels)
+
+
+def _is_mail_service(labels: list[str]) -> bool:
+    """Whether the name lies in a domain of mail servers, or one that is named after mail."""
+    own = len(labels) - _registered(labels)
+    if own < 1:
+        return False
+    above = (re.split("[-_]", label)[0] for label in labels[1:own])
+    return any(map(_MAIL, above)) or bool(_MAIL_DOMAIN(labels[own]))
+
+
+def _registered(labels: list[str]) -> int:
+    """How many labels the registered domain has."""
+    country = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in _PUBLIC_SECOND
+    return 3 if country else 2
 
 
 def _parse(addr: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -160,8 +180,5 @@ def _names_ipv6(name: str, ip: ipaddress.IPv6Address) -> bool:
 
 def _names_line(labels: list[str]) -> bool:
     """Whether a word left of the registered domain names a kind of line or pool."""
-    registered = 2
-    if len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in _PUBLIC_SECOND:
-        registered = 3
-    words = [word for label in labels[:-registered] for word in re.split("[-_]", label)]
+    words = [word for label in labels[: -_registered(labels)] for word in re.split("[-_]", label)]
     return not any(map(_STATIC, words)) and any(map(_LINE, words))

@@ -33,7 +33,7 @@ from ._greystore import (
     quote_address,
     write_csv,
 )
-from ._greystore_shelf import ShelfFile
+from ._greystore.shelf import ShelfFile
 
 __all__ = ["Greylist", "Record", "StoreUnavailable", "quoteAddress"]
 
@@ -56,6 +56,9 @@ _UNREADABLE = (
 def quoteAddress(s: str | bytes) -> str:
     """The address as it stands in a shelf's keys and in CSV, all but harmless ASCII as ``%XX``.
 
+    Args:
+        s: an address, as the MTA gives it.
+
     >>> quoteAddress("foo bar@example.com"), quoteAddress('"a:b"@example.com')
     ('foo%20bar@example.com', '%22a%3Ab%22@example.com')
     """
@@ -66,7 +69,10 @@ class Record:
     """What a shelf remembers of a triple of client address, sender and recipient.
 
     ``firstseen`` and ``lastseen`` are seconds since 1970, ``cnt`` counts the messages let through;
-    ``umis`` is unused.  *timeinc* moves the clock, in seconds.
+    ``umis`` is unused.
+
+    Args:
+        timeinc: by how many seconds the clock is moved.
     """
 
     __slots__ = ("firstseen", "lastseen", "umis", "cnt")  # noqa: RUF023 - in order of meaning
@@ -123,11 +129,7 @@ class _Shelf(shelve.Shelf[Record]):
 
 
 class Greylist:
-    """A greylist whose records are in the shelf *dbname*, which is made where it is missing.
-
-    A new triple is greylisted for *grey_time* minutes (and 5 seconds of grace), may pass until
-    *grey_expire* hours after it was first seen, and once passed is remembered until it has not been
-    seen for *grey_retain* days.
+    """A greylist whose records are in a shelf.
 
     Strangers choose the triples, as many as they like. Each new one has a few other records looked
     at, and those removed that no longer matter (an hour after the times above), so that there are
@@ -135,10 +137,20 @@ class Greylist:
     *grey_expire* hours is for the MTA's limits to bound (Postfix: ``anvil``).
 
     Objects may be used by many threads and survive a fork; they are context managers, closed at
-    the end.  Raises TypeError or ValueError for times that make no sense, OSError or
-    ``sqlite3.Error`` for a file that cannot be opened, and ImportError where it is of an old kind
-    whose module is missing.  ``greylist_time``, ``greylist_expire`` and ``greylist_retain`` hold
-    the times in seconds, ``dbp`` the shelf.
+    the end.  ``greylist_time``, ``greylist_expire`` and ``greylist_retain`` hold the times in
+    seconds, ``dbp`` the shelf.
+
+    Args:
+        dbname: the shelf's file, which is made where it is missing.
+        grey_time: for how many minutes a new triple is greylisted; 5 seconds of grace are added.
+        grey_expire: until how many hours after it was first seen it may pass.
+        grey_retain: for how many days without being seen it is remembered once it has passed.
+
+    Raises:
+        TypeError: a time is no number.
+        ValueError: a time makes no sense.
+        OSError: the file cannot be opened; so does ``sqlite3.Error``.
+        ImportError: the file is of an old kind whose module is missing.
     """
 
     def __init__(
@@ -166,13 +178,22 @@ class Greylist:
         recipient: str | bytes,
         timeinc: float = 0,
     ) -> int:
-        """Take note of a triple and return how many of its messages were let through.
+        """Take note of a triple.
 
-        0 means greylisted: answer with a temporary failure.  *ip* is the client's address (None
-        where the MTA gave none); *timeinc* moves the clock, in seconds.
+        Args:
+            ip: the client's address, None where the MTA gave none.
+            sender: the envelope sender.
+            recipient: the recipient.
+            timeinc: by how many seconds the clock is moved.
 
-        Raises TypeError for what is no address, ValueError once closed, and ``StoreUnavailable``
-        (an OSError) where the file is not to be had within seconds.
+        Returns:
+            How many of its messages were let through. 0 means greylisted: answer with a temporary
+            failure.
+
+        Raises:
+            TypeError: something is no address.
+            ValueError: the greylist is closed.
+            StoreUnavailable: the file is not to be had within seconds (an OSError).
         """
         key = Triple.parse(ip, sender, recipient).key
         with self._file.transaction():
@@ -197,7 +218,14 @@ class Greylist:
                 del self._file[key]
 
     def clean(self, timeinc: float = 0) -> int:
-        """Remove the records not seen for *grey_retain* days, at once; the number of them."""
+        """Remove at once the records not seen for *grey_retain* days.
+
+        Args:
+            timeinc: by how many seconds the clock is moved.
+
+        Returns:
+            The number of them.
+        """
         oldest = time.time() + timeinc - self.greylist_retain
         with self._file.transaction():
             # Damaged records have no place in it either.
@@ -213,6 +241,10 @@ class Greylist:
 
         A line is ``ip,sender,recipient,firstseen,lastseen,cnt,umis``, its addresses quoted as by
         ``quoteAddress``; there is no header line.
+
+        Args:
+            fp: a text file to write to.
+            timeinc: by how many seconds the clock is moved.
         """
         oldest = time.time() + timeinc - self.greylist_retain
         with self._file.transaction():

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from ._greystore import Limits, Store, StoreUnavailable, Triple, read_csv, write_csv
-from ._greystore_sqlite import SQLiteStore
+from ._greystore.sqlite import SQLiteStore
 
 __all__ = ["Greylist", "StoreUnavailable"]
 
@@ -33,20 +33,16 @@ log = logging.getLogger("milter.greylist")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # The module with the store for each scheme; what it needs is imported with it.
 _STORES = {
-    "postgresql": "_greystore_postgresql",
-    "postgres": "_greystore_postgresql",
-    "redis": "_greystore_redis",
-    "rediss": "_greystore_redis",
-    "unix": "_greystore_redis",
+    "postgresql": "postgresql",
+    "postgres": "postgresql",
+    "redis": "redis",
+    "rediss": "redis",
+    "unix": "redis",
 }
 
 
 class Greylist:
-    """A greylist whose records are in the database *dbname*: a path or the URL of a server.
-
-    A new triple is greylisted for *grey_time* minutes (and 5 seconds of grace), may pass until
-    *grey_expire* hours after it was first seen, and once passed is remembered until it has not been
-    seen for *grey_retain* days.
+    """A greylist whose records are in a database.
 
     Strangers choose the triples, as many as they like. Each new one has a few other records looked
     at, and those removed that no longer matter (an hour after the times above; Redis forgets them
@@ -54,11 +50,21 @@ class Greylist:
     triples come within *grey_expire* hours is for the MTA's limits to bound (Postfix: ``anvil``).
 
     Objects may be used by many threads and survive a fork; they are context managers, closed at
-    the end.  A server is asked at once whether it is there.  Raises TypeError or ValueError for
-    times that make no sense or a URL that is none, ``sqlite3.Error`` for a file that cannot be
-    opened, ``StoreUnavailable`` (an OSError) for a server that does not answer, and ImportError
-    that names the extra to install.  ``greylist_time``, ``greylist_expire`` and
-    ``greylist_retain`` hold the times in seconds.
+    the end.  A server is asked at once whether it is there.  ``greylist_time``,
+    ``greylist_expire`` and ``greylist_retain`` hold the times in seconds.
+
+    Args:
+        dbname: a path, or the URL of a server.
+        grey_time: for how many minutes a new triple is greylisted; 5 seconds of grace are added.
+        grey_expire: until how many hours after it was first seen it may pass.
+        grey_retain: for how many days without being seen it is remembered once it has passed.
+
+    Raises:
+        TypeError: a time is no number.
+        ValueError: a time makes no sense, or the URL is none.
+        sqlite3.Error: the file cannot be opened.
+        StoreUnavailable: the server does not answer (an OSError).
+        ImportError: a module is missing; the message names the extra to install.
     """
 
     def __init__(
@@ -85,13 +91,23 @@ class Greylist:
         recipient: str | bytes,
         timeinc: float = 0,
     ) -> int:
-        """Take note of a triple and return how many of its messages were let through.
+        """Take note of a triple.
 
-        0 means greylisted: answer with a temporary failure.  *ip* is the client's address (None
-        where the MTA gave none); *timeinc* moves the clock, in seconds.
+        Args:
+            ip: the client's address, None where the MTA gave none.
+            sender: the envelope sender.
+            recipient: the recipient.
+            timeinc: by how many seconds the clock is moved.
 
-        Raises TypeError for what is no address, ValueError once closed, and ``StoreUnavailable``
-        (an OSError) within seconds where the database does not answer; later calls try again.
+        Returns:
+            How many of its messages were let through. 0 means greylisted: answer with a temporary
+            failure.
+
+        Raises:
+            TypeError: something is no address.
+            ValueError: the greylist is closed.
+            StoreUnavailable: the database does not answer within seconds (an OSError); later calls
+                try again.
         """
         triple = Triple.parse(ip, sender, recipient)
         cnt = self._store.check(triple, self._limits(), timeinc)
@@ -99,15 +115,30 @@ class Greylist:
         return cnt
 
     def clean(self, timeinc: float = 0) -> int:
-        """Remove the records not seen for *grey_retain* days, at once; the number of them."""
+        """Remove at once the records not seen for *grey_retain* days.
+
+        Args:
+            timeinc: by how many seconds the clock is moved.
+
+        Returns:
+            The number of them.
+        """
         return self._store.clean(self.greylist_retain, timeinc)
 
     def import_csv(self, fp: Iterable[str]) -> int:
-        """Add records from CSV, as ``export_csv`` writes it; the number of lines read.
+        """Add records from CSV, as ``export_csv`` writes it.
 
         A record that the database has already is replaced where the line was seen later, so that
-        importing twice does no harm.  Raises ValueError with the number of the line in error;
-        nothing is imported then.
+        importing twice does no harm.
+
+        Args:
+            fp: the lines, a text file for example.
+
+        Returns:
+            The number of lines read.
+
+        Raises:
+            ValueError: a line is none; its number is in the message, and nothing was imported.
         """
         rows = list(read_csv(fp))
         self._store.merge(rows)
@@ -117,6 +148,9 @@ class Greylist:
         """Write all records as lines ``ip,sender,recipient,firstseen,lastseen,cnt,umis``.
 
         Addresses are quoted as by ``Milter.greylist.quoteAddress``; there is no header line.
+
+        Args:
+            fp: a text file to write to.
         """
         write_csv(fp, self._store.rows())
 
@@ -137,5 +171,5 @@ def _open_store(dbname: str) -> Store:
         raise ValueError(
             f"dbname must be a path or a URL of {', '.join(_STORES)}, not {scheme[0]!r}…"
         )
-    store: Store = importlib.import_module(f"{__package__}.{name}").open_store(dbname)
+    store: Store = importlib.import_module(f"{__package__}._greystore.{name}").open_store(dbname)
     return store

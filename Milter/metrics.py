@@ -20,7 +20,6 @@ The exporter needs prometheus-client, which the extra ``metrics`` installs
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import socket
 import threading
@@ -28,6 +27,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import milter
+
+from ._extras import unusable
+from ._logging import logger
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -47,7 +49,7 @@ __all__ = [
     "snapshot",
 ]
 
-_log = logging.getLogger("milter.metrics")
+_log = logger("milter.metrics")
 
 #: The upper bounds of ``Stage.buckets`` in seconds, 1 µs, 2 µs, 4 µs, ... 16.8 s, infinity.
 BOUNDS: tuple[float, ...] = (*(2**power / 1e6 for power in range(25)), math.inf)
@@ -207,10 +209,7 @@ def _prometheus() -> Any:
         import prometheus_client.core
         import prometheus_client.exposition
     except ImportError as exc:
-        raise ImportError(
-            f"the exporter needs prometheus-client: pip install 'pymilter[metrics]' ({exc})",
-            name=exc.name,
-        ) from exc
+        raise unusable("the exporter", "prometheus-client", "prometheus_client", exc) from exc
     return prometheus_client
 
 
@@ -274,18 +273,24 @@ class PrometheusServer:
     """
 
     def __init__(self, server: Server) -> None:
-        self.port: int = server.server_address[1]
+        self.port: int = server.port
         self._server = server
-        self._thread = threading.Thread(
-            target=server.serve_forever, name="milter-metrics", daemon=True
-        )
+        self._thread = threading.Thread(target=server.serve, name="milter-metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop serving, and close the port."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.stop()
         self._thread.join()
+
+
+def _application(registry: CollectorRegistry | None = None) -> Any:
+    """What answers requests, a WSGI application; ImportError without prometheus-client."""
+    client = _prometheus()
+    if registry is None:
+        registry = client.CollectorRegistry()
+        registry.register(Collector())
+    return client.exposition.make_wsgi_app(registry)
 
 
 def serve_prometheus(
@@ -294,8 +299,9 @@ def serve_prometheus(
     """Answer Prometheus over HTTP, in a thread of its own.
 
     Nothing asks who is asking: other machines should get at the port only where that does
-    no harm. With worker processes call it in ``worker_init``, as threads cannot be there before
-    the workers are; they share the port.
+    no harm. Clients that send nothing, or too much, cannot take what mail needs: that thread
+    serves 16 at once, for 10 seconds each at most. With worker processes call it in
+    ``worker_init``, as threads cannot be there before the workers are; they share the port.
 
     Args:
         port: where to listen; 0 takes a free port, see the result.
@@ -306,20 +312,16 @@ def serve_prometheus(
         ImportError: prometheus-client is missing; the message names the extra to install.
         OSError: it cannot listen there.
     """
-    client = _prometheus()
-    from ._metrics_http import Server  # an HTTP server takes memory that most filters need not
+    app = _application(registry)
+    from ._metrics_http import Server, listen  # takes memory that most filters need not
 
-    if registry is None:
-        registry = client.CollectorRegistry()
-        registry.register(Collector())
-    handler = client.exposition.MetricsHandler.factory(registry)
     family = socket.getaddrinfo(addr, port, type=socket.SOCK_STREAM)[0][0]
     in_worker = milter._metrics_snapshot()["place"] > 0
     try:
-        server = Server((addr, port), handler, family, in_worker and port != 0)
+        server = Server(listen((addr, port), family, in_worker and port != 0), app)
     except OSError as exc:
         raise OSError(
             exc.errno, f"cannot serve metrics on {addr} port {port}: {exc.strerror}"
         ) from exc
-    _log.info("metrics are on http://%s:%d/metrics", addr, server.server_address[1])
+    _log.info("metrics are on http://%s:%d/metrics", addr, server.port)
     return PrometheusServer(server)

@@ -33,11 +33,16 @@ _POLL_LONGEST = 0.25
 class PLock:
     """Replace a file atomically while a lock file keeps other writers out.
 
-    *basename* is the path of the file to protect; it need not exist yet.  A lock file whose owner
-    was killed stays until somebody removes it: whether its contents matter cannot be known here.
+    A lock file whose owner was killed stays until somebody removes it: whether its contents matter
+    cannot be known here.
 
-    Attributes: ``basename``; ``lockname``, the lock file's path ; ``fp``, the open lock file,
-    or None while not locked.
+    Args:
+        basename: the path of the file to protect; it need not exist yet.
+
+    Attributes:
+        basename: that path.
+        lockname: the lock file's path.
+        fp: the open lock file, or None while not locked.
     """
 
     def __init__(self, basename: str | os.PathLike[str]) -> None:
@@ -51,17 +56,24 @@ class PLock:
         mode: int = 0o660,
         strict_perms: bool = False,
     ) -> TextIO:
-        """Create the lock file and return it, open for writing text (UTF-8).
+        """Create the lock file.
 
-        *lockname* defaults to ``basename + ".lock"`` and must be on the same file system.  The lock
-        file takes mode and group of the original, so that ``commit`` does not change who may read
-        it; where there is no original it takes *mode*.  When the group cannot be given (the caller
-        is not one of its members) the lock file keeps the caller's group and the original's rights
-        for the group are withheld from it, or PermissionError is raised with *strict_perms*.
+        It takes mode and group of the original, so that ``commit`` does not change who may read it.
+        When the group cannot be given (the caller is not one of its members) it keeps the caller's
+        group, and the original's rights for the group are withheld from it.
 
-        Bytes that are not UTF-8 pass through as surrogate escapes.  Raises FileExistsError when
-        somebody holds the lock, and OSError when the file cannot be made or this object holds
-        a lock already.
+        Args:
+            lockname: its path, on the same file system; by default ``basename + ".lock"``.
+            mode: where there is no original.
+            strict_perms: raise PermissionError where the group cannot be given.
+
+        Returns:
+            The lock file, open for writing text. That is UTF-8; other bytes pass through as
+            surrogate escapes.
+
+        Raises:
+            FileExistsError: somebody holds the lock, or this object does already.
+            OSError: the file cannot be made.
         """
         if self.fp is not None:
             raise FileExistsError(errno.EEXIST, "already locked by this PLock", self.lockname)
@@ -81,11 +93,20 @@ class PLock:
     def wlock(
         self, lockname: str | os.PathLike[str] | None = None, timeout: float | None = None
     ) -> TextIO:
-        """Wait until the lock is free, take it, and return the lock file as ``lock`` does.
+        """Wait until the lock is free, and take it.
 
-        *timeout* bounds the wait in seconds; with None it lasts as long as somebody holds the lock
-        (or left it behind).  Raises TimeoutError when the time is up, at once when this object
-        itself holds the lock (FileExistsError), and OSError as ``lock`` does.
+        Args:
+            lockname: as for ``lock``.
+            timeout: seconds to wait; None is for as long as somebody holds the lock (or left it
+                behind).
+
+        Returns:
+            The lock file, as ``lock`` does.
+
+        Raises:
+            TimeoutError: the time is up.
+            FileExistsError: this object itself holds the lock.
+            OSError: the file cannot be made.
         """
         if self.fp is not None:
             raise FileExistsError(errno.EEXIST, "already locked by this PLock", self.lockname)
@@ -105,11 +126,16 @@ class PLock:
     def commit(self, backname: str | os.PathLike[str] | None = None) -> None:
         """Put what was written in the original's place and drop the lock.
 
-        With *backname* the original, if there is one, is first linked to that name, in place of
-        any older backup; at no moment is the original missing.  The new contents are on the disk
-        before they take the name.  Raises OSError when nothing is locked, when the lock file was
-        removed by somebody else meanwhile, or when a step fails; the original is then untouched
-        and the lock dropped.
+        At no moment is the original missing, and the new contents are on the disk before they take
+        the name.
+
+        Args:
+            backname: a name to which the original, if there is one, is linked first, in place of
+                any older backup.
+
+        Raises:
+            OSError: nothing is locked, the lock file was removed by somebody else meanwhile, or a
+                step failed; the original is then untouched and the lock dropped.
         """
         if self.fp is None:
             raise OSError(errno.ENOLCK, "File not locked", self.basename)

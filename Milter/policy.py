@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Protocol
 
+from . import _domains
 from ._dbmfile import Reader, open_reader
 
 __all__ = ["MTAPolicy", "dbmopen"]
@@ -24,13 +26,21 @@ class _Conf(Protocol):
 
 
 def dbmopen(fname: str | os.PathLike[str], mode: str = "r") -> Reader:
-    """Open the map *fname*: a Berkeley DB file (as ``makemap hash`` makes) or one of a dbm kind.
+    """Open a map: a Berkeley DB file (as ``makemap hash`` makes) or one of a dbm kind.
 
-    The suffix ``.db`` may be left out, as in sendmail's own configuration.  *mode* is ``"r"``,
-    since the map is the MTA's.  The result has ``get(key)``, ``keys()`` and ``close()``.
+    Args:
+        fname: its file; the suffix ``.db`` may be left out, as in sendmail's own configuration.
+        mode: ``"r"``, since the map is the MTA's.
 
-    Raises FileNotFoundError, OSError, ValueError for a file of no known kind, and ImportError that
-    names the extra to install (``pymilter[policy]``) for a Berkeley DB file without berkeleydb.
+    Returns:
+        An object with ``get(key)``, ``keys()`` and ``close()``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
+        ValueError: it is of no known kind, or *mode* is not ``"r"``.
+        ImportError: it is a Berkeley DB file and berkeleydb is not installed; the message names the
+            extra (``pymilter[policy]``).
     """
     if mode != "r":
         raise ValueError(f"mode must be 'r', not {mode!r}: access maps are only read")
@@ -40,16 +50,18 @@ def dbmopen(fname: str | os.PathLike[str], mode: str = "r") -> Reader:
 class MTAPolicy:
     """The access map's entries for one sender, as a context manager.
 
-    *sender* is the envelope sender, with or without ``<>``.  The map is *access_file* or else
-    ``conf.access_file``; where both are None there is no policy.  ``conf.access_file_nulls`` is
-    true for maps made with ``makemap -N`` (keys end in a null byte); ``conf.access_file_colon``,
-    true where it is missing, says that tags are written ``prefix:`` and not ``prefix!``.
-
     ::
 
         with MTAPolicy(sender, conf) as policy:
             if policy.getPolicy("SPF-Fail") == "REJECT":
                 ...
+
+    Args:
+        sender: the envelope sender, with or without ``<>``.
+        conf: the settings. ``access_file`` is the map; ``access_file_nulls`` is true for maps made
+            with ``makemap -N`` (keys end in a null byte); ``access_file_colon``, true where it is
+            missing, says that tags are written ``prefix:`` and not ``prefix!``.
+        access_file: the map, in place of that of *conf*. Where both are None there is no policy.
     """
 
     def __init__(
@@ -71,7 +83,11 @@ class MTAPolicy:
         self.acf: Reader | None = None
 
     def __enter__(self) -> MTAPolicy:
-        """Open the map; raises what ``dbmopen`` does."""
+        """Open the map.
+
+        Raises:
+            OSError: as for ``dbmopen``, and so do ValueError and ImportError.
+        """
         if self.access_file is not None:
             self.acf = dbmopen(self.access_file, "r")
         return self
@@ -87,33 +103,56 @@ class MTAPolicy:
             acf.close()
 
     def getPolicy(self, pfx: str) -> str | None:
-        """The value of the most specific entry with tag *pfx*, or None.
+        """The value of the most specific entry with a tag.
 
         Tried in this order: ``pfx:sender``, ``pfx:domain``, ``pfx:.parent`` for each parent domain,
         ``pfx:``, ``pfx``; each as written and then in lower case, which is how ``makemap`` folds
-        keys unless told not to.  Raises OSError where the map cannot be read.
+        keys unless told not to.  A domain is tried as the sender wrote it, in ASCII and in Unicode
+        (IDNA), since the map may have either.
+
+        Args:
+            pfx: the tag, without colon: ``"SPF-Fail"``.
+
+        Returns:
+            The value, or None where there is no such entry.
+
+        Raises:
+            OSError: the map cannot be read.
         """
         if self.acf is None:
             return None
-        for name in self._names(pfx):
-            for spelling in dict.fromkeys((name, name.lower())):
-                value = self.acf.get(_encode(spelling) + b"\0" * self.use_nulls)
-                if value is not None:
-                    return value.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        spellings = (spelling for name in self._names(pfx) for spelling in (name, name.lower()))
+        for spelling in dict.fromkeys(spellings):
+            value = self.acf.get(_encode(spelling) + b"\0" * self.use_nulls)
+            if value is not None:
+                return value.rstrip(b"\0").decode("utf-8", "surrogateescape")
         return None
 
     def _names(self, pfx: str) -> Iterator[str]:
         tag = pfx + (":" if self.use_colon else "!")
         if self.sender:
+            local, at, _ = self.sender.rpartition("@")
+            forms = _forms(self.domain)
             yield tag + self.sender
-            if self.domain:
-                yield tag + self.domain
-            parent = self.domain if len(self.domain) <= _LONGEST_DOMAIN else ""
-            while "." in parent:
-                parent = parent.partition(".")[2]
-                yield f"{tag}.{parent}"
+            yield from (tag + local + at + form for form in forms)
+            yield from (tag + form for form in forms if form)
+            for parents in zip_longest(*map(_parents, forms)):
+                yield from (f"{tag}.{parent}" for parent in parents if parent)
         yield tag
         yield pfx
+
+
+def _forms(domain: str) -> list[str]:
+    """The forms of a domain in which a map may have it, as written first."""
+    forms = domain, _domains.canonical(domain), _domains.unicode_form(domain)
+    return list(dict.fromkeys(forms))
+
+
+def _parents(domain: str) -> Iterator[str]:
+    """The domains above a domain, the nearest first."""
+    while "." in domain and len(domain) <= _LONGEST_DOMAIN:
+        domain = domain.partition(".")[2]
+        yield domain
 
 
 def _encode(name: str) -> bytes:

@@ -26,8 +26,11 @@ def inet_ntop(s: bytes) -> str:
     ``::1`` and others with fewer than 17 significant bits stay hexadecimal, as in every
     resolver library.
 
-    :param s: the address, 16 bytes in network order
-    :raises ValueError: *s* is not 16 bytes long
+    Args:
+        s: the address, 16 bytes in network order.
+
+    Raises:
+        ValueError: *s* is not 16 bytes long.
 
     >>> inet_ntop(bytes.fromhex("20010db8000000000000000000000001"))
     '2001:db8::1'
@@ -54,8 +57,11 @@ def inet_ntop(s: bytes) -> str:
 def inet_pton(p: str) -> bytes:
     """Read an IPv6 address, or an IPv4 one as its IPv4-mapped form, into 16 bytes.
 
-    :param p: the address as text, without brackets, scope or prefix length
-    :raises ValueError: *p* is no address; its argument is *p*
+    Args:
+        p: the address as text, without brackets, scope or prefix length.
+
+    Raises:
+        ValueError: *p* is no address; its argument is *p*.
 
     >>> inet_pton("::1").hex()
     '00000000000000000000000000000001'

@@ -16,7 +16,9 @@
         assert result.verdict is Verdict.CONTINUE
         assert result.message["X-Hello"] == "world"
 
-Fixtures: ``milter_app`` starts filters, ``mta`` is a connection to one. Where a test fails, its
+Fixtures: ``milter_app`` starts filters, ``mta`` is a connection to one. With the option
+``--milter-in-process`` classes and functions run in pytest's own process, where a debugger and
+coverage see them. Where a test fails, its
 report has what the filter wrote and what it did to the messages; comparisons of messages and
 modifications show where they differ.
 """
@@ -53,25 +55,67 @@ _MAX_SHOWN = 2000  # bytes of a body in a description
 
 
 class _Apps:
-    """What the fixture ``milter_app`` gives: starts filters when it is called."""
+    """What the fixture ``milter_app`` gives: starts filters when it is called.
 
-    def __init__(self) -> None:
+    Args:
+        in_process: whether filters run in this process where they can and nothing else is said.
+    """
+
+    def __init__(self, in_process: bool) -> None:
         self.started: list[MilterApp] = []
+        self._in_process = in_process
 
-    def __call__(self, filter: _app.FilterLike, *arguments: str, **options: Any) -> MilterApp:
+    def __call__(
+        self,
+        filter: _app.FilterLike,
+        *arguments: str,
+        in_process: bool | None = None,
+        **options: Any,
+    ) -> MilterApp:
         """Start a filter; see ``MilterApp``."""
-        self.started.append(MilterApp(filter, *arguments, **options))
+        if in_process is None:
+            in_process = self._in_process and _can_be_in_process(filter, arguments, options)
+        if in_process:
+            self.started.append(_start_in_process(filter, arguments, options))
+        else:
+            self.started.append(MilterApp(filter, *arguments, **options))
         return self.started[-1]
 
 
+def _can_be_in_process(
+    filter: _app.FilterLike, arguments: Sequence[str], options: dict[str, Any]
+) -> bool:
+    from ._inprocess import InProcessApp, can_serve
+
+    is_plain = not arguments and set(options) <= {"socket", "timeout"}
+    return is_plain and can_serve(filter) and InProcessApp.serving is None
+
+
+def _start_in_process(
+    filter: _app.FilterLike, arguments: Sequence[str], options: dict[str, Any]
+) -> MilterApp:
+    from ._inprocess import InProcessApp
+
+    others = sorted(set(options) - {"socket", "timeout"})
+    if arguments or others:
+        what = ", ".join([*map(repr, arguments), *(f"{name}=" for name in others)])
+        raise ValueError(f"in_process: {what}: is for a filter that is a process of its own")
+    return InProcessApp(filter, **options)
+
+
 @pytest.fixture
-def milter_app() -> Iterator[Callable[..., MilterApp]]:
+def milter_app(request: pytest.FixtureRequest) -> Iterator[Callable[..., MilterApp]]:
     """Starts filters as processes; call it with the arguments of Milter.pytest_plugin.MilterApp.
 
     milter_app(Hello), milter_app("hello:Hello", "--workers", "2"), milter_app("hello.py").
     They are stopped at the end of the test, which fails where one does not end as it should.
+
+    With in_process=True, or pytest's option --milter-in-process, a class or function runs in a
+    thread of this process, on the engine native. That is for debuggers and coverage: one at a
+    time, without options of its own, and its MTA waits an hour for each answer. With the option,
+    a filter that cannot run so is a process as ever.
     """
-    apps = _Apps()
+    apps = _Apps(request.config.getoption("milter_in_process"))
     yield apps
     errors = []
     for app in apps.started:
@@ -95,7 +139,7 @@ def mta(request: pytest.FixtureRequest, milter_app: Callable[..., MilterApp]) ->
     """
     assert isinstance(milter_app, _Apps)
     marker = request.node.get_closest_marker("milter_app")
-    if marker is not None:
+    if marker is not None and (marker.args or marker.kwargs):
         options = dict(marker.kwargs)
         first = [options.pop("filter")] if "filter" in options else []
         app = milter_app(*first, *marker.args, **options)
@@ -111,13 +155,22 @@ def mta(request: pytest.FixtureRequest, milter_app: Callable[..., MilterApp]) ->
     connection = app.mta()
     try:
         yield connection
-        if not getattr(request.node, _FAILED, False) and connection._wire.is_open:
+        if not getattr(request.node, _FAILED, False) and connection.is_open:
             connection.quit()
     finally:
         connection.close()
 
 
 # --- hooks ---------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that has filters run in this process."""
+    parser.getgroup("milter").addoption(
+        "--milter-in-process",
+        action="store_true",
+        help="run filters in this process where they can be, for debuggers and coverage",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -139,6 +192,43 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         for title, text in (("What the filter did", done), ("Output of the filter", app.output)):
             if text:
                 report.sections.append((f"{title} {app.name}", text))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """Say what was meant where the marker has marked the filter in place of a test."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if not isinstance(collector, pytest.Module):
+        return
+    marked = [name for scope in _scopes(collector, report) for name in _marked_filters(scope)]
+    if marked:
+        report.outcome = "failed"
+        report.longrepr = "\n".join(
+            f"@pytest.mark.milter_app({name}) marks {name} itself, and no test: "
+            f"name it, @pytest.mark.milter_app(filter={name})"
+            for name in dict.fromkeys(marked)
+        )
+
+
+def _scopes(module: pytest.Module, report: pytest.CollectReport) -> list[dict[str, Any]]:
+    """What a module defines; where its import fails, as far as that went."""
+    if report.passed:
+        return [vars(module.obj)]
+    excinfo = getattr(getattr(report, "call", None), "excinfo", None)
+    entries = () if excinfo is None else excinfo.traceback
+    return [each.frame.f_globals for each in entries if each.frame.code.name == "<module>"]
+
+
+def _marked_filters(scope: dict[str, Any]) -> Iterator[str]:
+    """The names of filters that bear the marker, which then has no arguments."""
+    for name, value in list(scope.items()):
+        marks = getattr(value, "__dict__", {}).get("pytestmark", ())
+        if not isinstance(marks, list) or name.startswith(("test", "Test", "pytestmark")):
+            continue
+        for mark in marks:
+            if getattr(mark, "name", "") == "milter_app" and not (mark.args or mark.kwargs):
+                yield name
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
@@ -182,7 +272,10 @@ def changes(result: Result) -> list[str]:
     lines = [f"{result.verdict.name} at {result.stage}"]
     if result.smtp is not None:
         lines += [f"  {line}" for line in str(result.smtp).split("\n")]
-    lines += [f"recipient refused: {refused.recipient}" for refused in result.refused]
+    for refused in result.refused:
+        lines.append(f"recipient refused: {refused.recipient}")
+        if refused.reply.smtp is not None:
+            lines += [f"  {line}" for line in str(refused.reply.smtp).split("\n")]
     if not result.accepted:
         return lines
     for edit in result.header_edits:

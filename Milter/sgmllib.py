@@ -26,148 +26,38 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
+
+from ._sgml_machines import (
+    ANGLE,
+    CHARREF_END,
+    COMMENT,
+    COMMENT_HTML,
+    DECLARATION,
+    ENTITY_END,
+    GREATER,
+    MARKED,
+    MARKED_HEAD,
+    MARKED_MS,
+    SHORT,
+    TAG,
+    TAG_HTML,
+    WS,
+    Machine,
+    RawEnd,
+)
 
 __all__ = ["SGMLParseError", "SGMLParser"]
 
-_END = -1  # the construct ends after this character
-_END_BEFORE = -2  # the construct ends before this character
-
-_Table = Mapping[int, tuple["re.Pattern[str]", Mapping[str, int], int]]
-
-
-def _state(pattern: str, moves: Mapping[str, int], other: int = _END) -> Any:
-    """One state: what to search, where the character found leads, where any other leads."""
-    table: dict[str, int] = {}
-    for characters, target in moves.items():
-        table.update(dict.fromkeys(characters, target))
-    return re.compile(pattern), table, other
-
-
-# HTML's white space (the HTML standard, section 13.2.5); \s has more, which no browser skips.
-_WS = " \t\n\r\f"
-
-
-def _tag_table(splits: bool) -> _Table:
-    """The states of a tag; with `splits` an unquoted ``<`` ends it (SGML's unclosed tag)."""
-    less, stop = ("<", {">": _END, "<": _END_BEFORE}) if splits else ("", {">": _END})
-    name, before, attribute, after, value, double, single, plain = range(8)
-    return {
-        name: _state(rf"[{_WS}/>{less}]", {_WS + "/": before, **stop}),
-        before: _state(rf"[^{_WS}/]", stop, attribute),
-        attribute: _state(rf"[{_WS}/>={less}]", {_WS: after, "/": before, "=": value, **stop}),
-        after: _state(rf"[^{_WS}]", {"=": value, "/": before, **stop}, attribute),
-        value: _state(rf"[^{_WS}]", {'"': double, "'": single, **stop}, plain),
-        double: _state('"', {'"': before}),
-        single: _state("'", {"'": before}),
-        plain: _state(rf"[{_WS}>{less}]", {_WS: before, **stop}),
-    }
-
-
-_TAG = _tag_table(splits=True)
-_TAG_HTML = _tag_table(splits=False)
-_COMMENT: _Table = {
-    0: _state("-", {"-": 1}),
-    1: _state(r"[\s\S]", {"-": 2}, 0),
-    2: _state("[^-]", {">": _END, _WS: 3}, 0),
-    3: _state(r"\S", {">": _END, "-": 1}, 0),
-}
-_COMMENT_HTML: _Table = {
-    0: _state("-", {"-": 1}),
-    1: _state(r"[\s\S]", {"-": 2}, 0),
-    2: _state("[^-]", {">": _END, "!": 3}, 0),
-    3: _state(r"[\s\S]", {">": _END, "-": 1}, 0),
-    4: _state(r"[\s\S]", {">": _END, "-": 5}, 0),  # just after <!--
-    5: _state(r"[\s\S]", {">": _END, "-": 2}, 0),  # just after <!---
-}
-_DECLARATION: _Table = {
-    0: _state("[>\"'[-]", {">": _END, '"': 1, "'": 2, "[": 6, "-": 3}),
-    1: _state('"', {'"': 0}),
-    2: _state("'", {"'": 0}),
-    3: _state(r"[\s\S]", {"-": 4, ">": _END, '"': 1, "'": 2, "[": 6}, 0),
-    4: _state("-", {"-": 5}),
-    5: _state(r"[\s\S]", {"-": 0}, 4),
-    # the internal subset between brackets
-    6: _state("[]\"'-]", {"]": 0, '"': 7, "'": 8, "-": 9}),
-    7: _state('"', {'"': 6}),
-    8: _state("'", {"'": 6}),
-    9: _state(r"[\s\S]", {"-": 10, "]": 0, '"': 7, "'": 8}, 6),
-    10: _state("-", {"-": 11}),
-    11: _state(r"[\s\S]", {"-": 6}, 10),
-}
-_MARKED: _Table = {  # ]]>, with white space anywhere inside
-    0: _state("]", {"]": 1}),
-    1: _state(r"\S", {"]": 2}, 0),
-    2: _state(r"\S", {"]": 2, ">": _END}, 0),
-}
-_MARKED_MS: _Table = {  # ]>, with white space inside
-    0: _state("]", {"]": 1}),
-    1: _state(r"\S", {"]": 1, ">": _END}, 0),
-}
-_MARKED_HEAD: _Table = {  # the keyword of a marked section, as far as it can be judged
-    0: _state(r"\S", {}, 1),
-    1: _state(r"[^a-zA-Z]", {}),
-}
-_GREATER: _Table = {0: _state(">", {">": _END})}
-_ANGLE: _Table = {0: _state("[<>]", {">": _END, "<": _END_BEFORE})}
-_SHORT: _Table = {0: _state("[/<>]", {})}
-_ANY: _Table = {0: _state(r"[\s\S]", {})}
-_CHARREF_END: _Table = {0: _state("[^0-9]", {})}
-_ENTITY_END: _Table = {0: _state("[^-.a-zA-Z0-9]", {})}
-
-
-class _Machine:
-    """Looks for the end of one construct and remembers where it stands between two texts."""
-
-    __slots__ = ("state", "table")
-
-    def __init__(self, table: _Table, state: int = 0) -> None:
-        self.table = table
-        self.state = state
-
-    def scan(self, text: str, pos: int = 0) -> int:
-        """The index in `text` at which the construct ends, or -1 where it goes on."""
-        table, state = self.table, self.state
-        while True:
-            pattern, moves, other = table[state]
-            found = pattern.search(text, pos)
-            if found is None:
-                self.state = state
-                return -1
-            pos = found.end()
-            state = moves.get(found.group(), other)
-            if state < 0:
-                return pos if state == _END else pos - 1
-
-
-class _RawEnd:
-    """Looks for the end tag of an element whose content is no markup."""
-
-    __slots__ = ("overlap", "pattern", "tail")
-
-    def __init__(self, pattern: re.Pattern[str], overlap: int) -> None:
-        self.pattern = pattern
-        self.overlap = overlap
-        self.tail = ""
-
-    def scan(self, text: str, pos: int = 0) -> int:
-        """0 where the end tag has begun by the end of `text`, -1 where it has not."""
-        window = self.tail + text[pos:]
-        if self.pattern.search(window):
-            return 0
-        self.tail = window[-self.overlap :]
-        return -1
-
-
 _NAME = re.compile(r"[a-zA-Z][-_.a-zA-Z0-9]*")
-_NAME_HTML = re.compile(rf"[^{_WS}/>]+")
+_NAME_HTML = re.compile(rf"[^{WS}/>]+")
 _ATTRIBUTE = re.compile(r"[a-zA-Z_][-.:a-zA-Z_0-9]*\Z")
 _SHORTTAG = re.compile(r"<([a-zA-Z][-.a-zA-Z0-9]*)/([^/<>]*)(/?)")
-_SKIP = re.compile(rf"[{_WS}/]*")
-_RAW_NAME = re.compile(rf"=?[^{_WS}/>=]*")
-_EQUALS = re.compile(rf"[{_WS}]*=[{_WS}]*")
-_UNQUOTED = re.compile(rf"[^{_WS}>]*")
+_SKIP = re.compile(rf"[{WS}/]*")
+_RAW_NAME = re.compile(rf"=?[^{WS}/>=]*")
+_EQUALS = re.compile(rf"[{WS}]*=[{WS}]*")
+_UNQUOTED = re.compile(rf"[^{WS}>]*")
 _CHARREF = re.compile(r"&#([0-9]+)")
 _ENTITYREF = re.compile(r"&([a-zA-Z][-.a-zA-Z0-9]*)")
 _DECL_TOKEN = re.compile(
@@ -256,7 +146,7 @@ class SGMLParser:
         self._open: dict[str, int] = {}
         self._starttag_text: str | None = None
         self._source: str | None = None
-        self._waiting: _Machine | _RawEnd | None = None
+        self._waiting: Machine | RawEnd | None = None
         self._pending: list[str] = []
         self._raw_end: re.Pattern[str] | None = None
         self._raw_overlap = 0
@@ -289,6 +179,10 @@ class SGMLParser:
             self._pending = []
             self._waiting = None
         self.rawdata += data
+
+    def getpos(self) -> tuple[int, int]:
+        """Always ``(1, 0)``: Python 2's parser kept no positions either, but had the method."""
+        return 1, 0
 
     def error(self, message: str) -> None:
         """Raise `SGMLParseError`."""
@@ -384,43 +278,43 @@ class SGMLParser:
         self._raw_end = pattern
         self._raw_overlap = overlap
 
-    def _machine_for(self, rawdata: str, i: int) -> _Machine | _RawEnd | None:
+    def _machine_for(self, rawdata: str, i: int) -> Machine | RawEnd | None:
         """What finds the end of the incomplete construct at `i` in the text still to come."""
         if self._raw_end is not None:
-            return _RawEnd(self._raw_end, self._raw_overlap)
+            return RawEnd(self._raw_end, self._raw_overlap)
         head = rawdata[i : i + 4]
         if head == "<!--":
             return self._comment_machine()
         if len(head) < 2 or head in ("<!", "<!-", "&#"):
             return None
         if head[0] == "&":
-            return _Machine(_CHARREF_END if head[1] == "#" else _ENTITY_END)
+            return Machine(CHARREF_END if head[1] == "#" else ENTITY_END)
         if head[1] == "!":
             return self._declaration_machine(rawdata, i)
         if head[1] == "?":
-            return _Machine(_GREATER)
+            return Machine(GREATER)
         if self._html:
-            return _Machine(_TAG_HTML)
+            return Machine(TAG_HTML)
         if head[1] == "/":
-            return _Machine(_ANGLE)
+            return Machine(ANGLE)
         short = _SHORTTAG.match(rawdata, i)
         if short and short.end() == len(rawdata):
-            return _Machine(_SHORT)
-        return _Machine(_TAG)
+            return Machine(SHORT)
+        return Machine(TAG)
 
-    def _comment_machine(self) -> _Machine:
-        return _Machine(_COMMENT_HTML, 4) if self._html else _Machine(_COMMENT)
+    def _comment_machine(self) -> Machine:
+        return Machine(COMMENT_HTML, 4) if self._html else Machine(COMMENT)
 
-    def _declaration_machine(self, rawdata: str, i: int) -> _Machine:
+    def _declaration_machine(self, rawdata: str, i: int) -> Machine:
         if self._html:
-            return _Machine(_GREATER)
+            return Machine(GREATER)
         if not rawdata.startswith("<![", i):
-            return _Machine(_DECLARATION)
+            return Machine(DECLARATION)
         keyword = _MARKED_KEYWORD.match(rawdata, i + 3)
         assert keyword is not None
         if keyword.end() == len(rawdata):
-            return _Machine(_MARKED_HEAD)
-        return _Machine(_MARKED_MS if keyword.group(1).lower() in _MS_KEYWORDS else _MARKED)
+            return Machine(MARKED_HEAD)
+        return Machine(MARKED_MS if keyword.group(1).lower() in _MS_KEYWORDS else MARKED)
 
     # -- constructs
 
@@ -464,7 +358,7 @@ class SGMLParser:
         rawdata = self.rawdata
         if rawdata.startswith("<![", i):
             return self.parse_marked_section(i)
-        k = _Machine(_DECLARATION).scan(rawdata, i + 2)
+        k = Machine(DECLARATION).scan(rawdata, i + 2)
         if k < 0:
             return -1
         text = rawdata[i + 2 : k - 1]
@@ -528,7 +422,7 @@ class SGMLParser:
                 return short.end()
             if short and short.end() == len(rawdata):
                 return -1
-        k = _Machine(_TAG_HTML if self._html else _TAG).scan(rawdata, i + 1)
+        k = Machine(TAG_HTML if self._html else TAG).scan(rawdata, i + 1)
         if k < 0:
             return -1
         text = rawdata[i:k]
@@ -568,7 +462,7 @@ class SGMLParser:
     def parse_endtag(self, i: int) -> int:
         """Handle the end tag at index `i`, as `parse_declaration`."""
         rawdata = self.rawdata
-        k = _Machine(_TAG_HTML if self._html else _ANGLE).scan(rawdata, i + 2)
+        k = Machine(TAG_HTML if self._html else ANGLE).scan(rawdata, i + 2)
         if k < 0:
             return -1
         text = rawdata[i + 2 : k].rstrip(">")

@@ -24,11 +24,18 @@ import os
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ._base import Base, callback_steps
-from .testctx import LazyLog, TestCtx
+from ._borrowed import borrowed
+from ._later import is_awaitable
+from ._testctx.log import LazyLog
+from .testctx import TestCtx
 
 if TYPE_CHECKING:
     from milter import milterContext
     from typing_extensions import Buffer
+
+
+if not TYPE_CHECKING:
+    __getattr__ = borrowed(__name__, {"BytesIO": "io:BytesIO", "Milter": "Milter", "mime": "mime"})
 
 
 class _HeldCtx(TestCtx):
@@ -41,12 +48,6 @@ class _HeldCtx(TestCtx):
     def _make_filter(self, opts: list[int]) -> Any:
         self._held._setctx(cast("milterContext", self))
         return self._held.negotiate(opts)
-
-    def _perform(self, call: str, stage: str | None = "eom") -> None:
-        # Tests of this kind call the filter's methods directly too, outside of any callback.
-        if stage is None and self._running is None and not self._closed:
-            return
-        super()._perform(call, stage)
 
 
 def _record(name: str) -> property:
@@ -66,9 +67,9 @@ class TestBase(Base):
 
     After ``connect`` and ``feedFile`` or ``feedMsg`` the records say what the filter did.
     They are those of :class:`Milter.testctx.TestCtx`, where each is described: ``_reply``,
-    ``_sender``, ``_envfromchanged``, ``_addrcpt``, ``_delrcpt``, ``_headerschanged``,
-    ``_bodyreplaced``, ``_body``, ``_msg``, ``_macros``, ``_symlist``, ``_opts``, ``_stage``,
-    ``_quarantine``.
+    ``_sender``, ``_envfromchanged``, ``_delrcpt``, ``_headerschanged``, ``_bodyreplaced``,
+    ``_body``, ``_msg``, ``_macros``, ``_symlist``, ``_opts``, ``_stage``, ``_quarantine``.
+    ``_addrcpt`` has the addresses alone, without parameters.
 
     Attributes:
         logfp: the log that ``log`` writes to, a text file that is opened at the first line;
@@ -91,7 +92,6 @@ class TestBase(Base):
     _reply = _record("_reply")
     _sender = _record("_sender")
     _envfromchanged = _record("_envfromchanged")
-    _addrcpt = _record("_addrcpt")
     _delrcpt = _record("_delrcpt")
     _headerschanged = _record("_headerschanged")
     _bodyreplaced = _record("_bodyreplaced")
@@ -102,6 +102,15 @@ class TestBase(Base):
     _opts = _record("_opts")
     _stage = _record("_stage")
     _quarantine = _record("_quarantine")
+
+    @property
+    def _addrcpt(self) -> list[str]:
+        """Each recipient of a call of ``addrcpt``."""
+        return [recipient for recipient, _ in self._standin._addrcpt]
+
+    @_addrcpt.setter
+    def _addrcpt(self, recipients: list[str]) -> None:
+        self._standin._addrcpt = [(recipient, None) for recipient in recipients]
 
     def _wanted_steps(self) -> int:
         # `connect` here plays the MTA; whether the callback is wanted, the filter's own says.
@@ -139,7 +148,8 @@ class TestBase(Base):
         if self._connecting:
             # The callback itself, on its way to the filter.
             self._connecting = False
-            return super().connect(host, helo, ip)
+            called: Any = super().connect(host, helo, ip)
+            return called  # type: ignore[no-any-return]
         self._connecting = True
         try:
             return self._standin._connect(host, helo, ip)
@@ -155,6 +165,8 @@ class TestBase(Base):
     ) -> int:
         """Send a whole message; see ``Milter.testctx.TestCtx._feedFile``.
 
+        After ``eom`` the filter's ``close`` is called too, as tests of this kind expect it.
+
         Args:
             fp: the message, a binary file.
             sender: the envelope sender.
@@ -164,7 +176,14 @@ class TestBase(Base):
         Returns:
             The verdict.
         """
-        return self._standin._feedFile(fp, sender, rcpt, *rcpts)
+        verdict = self._standin._feedFile(fp, sender, rcpt, *rcpts)
+        if self._standin._body is not None:
+            closed: Any = self.close()
+            if is_awaitable(closed):
+                self._standin._await(closed, "close")
+        if self.logfp is not None:
+            self.logfp.flush()
+        return verdict
 
     def feedMsg(self, fname: str, sender: str = "spam@adv.com", *rcpts: str) -> int:
         """Send a message from a file in the directory ``test``.
@@ -177,10 +196,11 @@ class TestBase(Base):
         Returns:
             The verdict.
         """
-        return self._standin._feedMsg(fname, sender, *rcpts)
+        with open(os.path.join("test", fname), "rb") as fp:
+            return self.feedFile(fp, sender, *rcpts)
 
     def _close(self) -> None:
-        """Close the log file; the filter's ``close`` is for the test to call."""
+        """Close the log file."""
         if self.logfp is not None:
             self.logfp.close()
             self.logfp = None

@@ -26,7 +26,14 @@ _SES = re.compile(
     r"SES=(?:[A-Za-z0-9+/._-]{8,64}|(?=[^=]*[0-9])[A-Za-z0-9+/._-]{4,7})=(?P<user>.+)@(?P<host>[^@]*)",
     re.IGNORECASE | re.DOTALL,
 )
-_SCHEMES = (_SRS0, _SRS1, _PRVS, _SES)
+#: BATV as Barracuda's gateways write it: a tag of hexadecimal digits between "=="
+_BTV1 = re.compile(r"btv1==[0-9a-f]{8,16}==(?P<user>.+)@(?P<host>[^@]*)", re.IGNORECASE | re.DOTALL)
+_SCHEMES = (_SRS0, _SRS1, _PRVS, _BTV1, _SES)
+
+#: A local part in quotes: signers put the tag inside, as nothing may stand before the quotes.
+_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"(@[^@"]*)', re.DOTALL)
+#: A local part that needs none (RFC 5321 section 4.1.2, RFC 6531 section 3.3).
+_DOT_STRING = re.compile(r"[\w!#$%&'*+/=?^`{|}~-]+(?:\.[\w!#$%&'*+/=?^`{|}~-]+)*")
 
 # No mail system carries longer addresses (RFC 5321 section 4.5.3.1.3 ends at 256), and the
 # time to unwrap what somebody nested a thousand times stays bounded.
@@ -37,13 +44,16 @@ def unsign(s: str) -> str:
     """Return the original address inside a signed envelope sender.
 
     Knows SRS0 and SRS1 (the Sender Rewriting Scheme of forwarders), BATV
-    (``prvs=``, draft-levine-smtp-batv) and SES, also inside one another, in any case and with
-    or without angle brackets.  Anything else, addresses that only look alike included, is
-    returned unchanged.  No signature is verified: use the result to recognise a sender,
-    never to trust one.
+    (``prvs=``, draft-levine-smtp-batv; ``btv1==``) and SES, also inside one another, in any case,
+    with the local part in quotes or not, and with or without angle brackets.  Anything else,
+    addresses that only look alike included, is returned unchanged.  No signature is verified: use
+    the result to recognise a sender, never to trust one.
 
-    :param s: an address, ``user@domain``; more than 1,024 characters are left as they are
-    :returns: the innermost address; *s* itself where it carries no signature
+    Args:
+        s: an address, ``user@domain``; more than 1,024 characters are left as they are.
+
+    Returns:
+        The innermost address; *s* itself where it carries no signature.
 
     >>> unsign("SRS0=8Y3CZ=3U=jsconnor.com=bills@bmsi.com")
     'bills@jsconnor.com'
@@ -65,9 +75,19 @@ def unsign(s: str) -> str:
 
 def _strip_one(s: str) -> str:
     """Remove the outermost signature."""
+    quoted = _QUOTED.fullmatch(s)
+    bare = re.sub(r"\\(.)", r"\1", quoted[1], flags=re.DOTALL) + quoted[2] if quoted else s
     for scheme in _SCHEMES:
-        found = scheme.fullmatch(s)
+        found = scheme.fullmatch(bare)
         if found:
             parts = found.groupdict()
-            return f"{parts['user'] or parts.get('user2')}@{parts['host']}"
+            user = parts["user"] or parts.get("user2") or ""
+            return f"{_in_quotes(user) if quoted else user}@{parts['host']}"
     return s
+
+
+def _in_quotes(user: str) -> str:
+    """Put a local part in quotes again, unless it needs none."""
+    if _DOT_STRING.fullmatch(user) or _QUOTED.fullmatch(f"{user}@"):
+        return user
+    return '"' + re.sub(r'(["\\])', r"\\\1", user) + '"'

@@ -7,15 +7,18 @@ only, ASCII digits only, time linear in the input.
 from __future__ import annotations
 
 import binascii
-import codecs
-import encodings.aliases
-import fnmatch
-import pkgutil
+import email
 import re
 import socket
+import struct
 import threading
+from binascii import a2b_base64
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from email.header import decode_header
+from fnmatch import fnmatchcase, translate
+
+from . import _charsets
 
 __all__ = [
     "MASK",
@@ -34,6 +37,14 @@ __all__ = [
     "parse_addr",
     "parse_header",
     "parseaddr",
+    # Not ours, but filters have them from here: ``from Milter.utils import *`` gave them.
+    "a2b_base64",
+    "decode_header",
+    "email",
+    "fnmatchcase",
+    "re",
+    "socket",
+    "struct",
 ]
 
 #: All 32 bits of an IPv4 address.
@@ -78,7 +89,8 @@ dnsre = re.compile(
 def bin2long6(s: bytes) -> int:
     """Return the 16 bytes of an IPv6 address as an int.
 
-    :raises ValueError: *s* is not 16 bytes long
+    Raises:
+        ValueError: *s* is not 16 bytes long.
     """
     if len(s) != 16:
         raise ValueError(f"s must be the 16 bytes of an IPv6 address, not {len(s)}: {s!r}")
@@ -88,7 +100,8 @@ def bin2long6(s: bytes) -> int:
 def inet_ntop(s: bytes) -> str:
     """Write a 16-byte IPv6 address as text, as the platform's ``inet_ntop(3)`` does.
 
-    :raises ValueError: *s* is not 16 bytes long
+    Raises:
+        ValueError: *s* is not 16 bytes long.
     """
     return socket.inet_ntop(socket.AF_INET6, s)
 
@@ -96,7 +109,8 @@ def inet_ntop(s: bytes) -> str:
 def inet_pton(s: str) -> bytes:
     """Read an IPv6 address into 16 bytes.
 
-    :raises OSError: *s* is no IPv6 address
+    Raises:
+        OSError: *s* is no IPv6 address.
     """
     if not ip6re.match(s):
         raise OSError(f"Invalid IPv6 address: {s!r}")
@@ -106,8 +120,11 @@ def inet_pton(s: str) -> bytes:
 def addr2bin(s: str) -> int:
     """Return an IPv4 or IPv6 address as an int.
 
-    :param s: the address as text
-    :raises OSError: *s* is neither (OSError is what ``socket.error`` names)
+    Args:
+        s: the address as text.
+
+    Raises:
+        OSError: *s* is neither (OSError is what ``socket.error`` names).
 
     >>> hex(addr2bin("192.168.0.1"))
     '0xc0a80001'
@@ -124,10 +141,13 @@ def addr2bin(s: str) -> int:
 def cidr(i: int, n: int, mask: int = MASK) -> int:
     """Return the network part of an address.
 
-    :param i: the address
-    :param n: prefix length in bits; more than the width of *mask* leaves every bit
-    :param mask: :data:`MASK` for IPv4, :data:`MASK6` for IPv6
-    :raises ValueError: *n* is negative
+    Args:
+        i: the address.
+        n: prefix length in bits; more than the width of *mask* leaves every bit.
+        mask: :data:`MASK` for IPv4, :data:`MASK6` for IPv6.
+
+    Raises:
+        ValueError: *n* is negative.
 
     >>> hex(cidr(0xC0A80001, 24))
     '0xc0a80000'
@@ -146,6 +166,7 @@ class _Patterns:
         self._networks: dict[int, dict[int, set[int]]] = {32: {}, 128: {}}
         self._prefixes: dict[int, set[str]] = {}
         self._hosts: dict[tuple[str, int | None], None] = {}
+        self._everything = False
         globs: list[str] = []
         for pattern in patterns:
             if not isinstance(pattern, str):
@@ -155,7 +176,7 @@ class _Patterns:
                 self._add_glob(text, globs)
             else:
                 self._add_network(text)
-        self._glob = re.compile("|".join(map(fnmatch.translate, globs))).match if globs else None
+        self._glob = re.compile("|".join(map(translate, globs))).match if globs else None
 
     def _add_glob(self, text: str, others: list[str]) -> None:
         """Keep ``literal*`` as a prefix, which is a set look-up, and collect the rest."""
@@ -172,6 +193,8 @@ class _Patterns:
         if not width and not dnsre.match(base):
             return
         n = _prefix_length(text, bits, width or 128) if slash else width
+        if slash and n == 0 and width:
+            self._everything = True
         if not width:
             self._hosts[base, n if slash else None] = None
             return
@@ -188,7 +211,7 @@ class _Patterns:
         """Whether any pattern covers the address; names are resolved if nothing else does."""
         is_v6 = ":" in ipaddr
         address = addr2bin(ipaddr)
-        if self._in_networks(128 if is_v6 else 32, address):
+        if self._everything or self._in_networks(128 if is_v6 else 32, address):
             return True
         mapped = is_v6 and address >> 32 == 0xFFFF
         if mapped and self._in_networks(32, address & MASK):
@@ -285,16 +308,20 @@ def iniplist(ipaddr: str, iplist: Iterable[str]) -> bool:
       system's resolver; an unresolvable name does not match), alone or with a prefix length:
       up to ``/32`` it applies to the name's IPv4 addresses, above to its IPv6 addresses.
 
-    Anything else matches nothing.  An IPv4-mapped IPv6 address (``::ffff:1.2.3.4``) is the IPv4
-    address too, in *ipaddr* as in the patterns.
+    Anything else matches nothing.  A network of prefix length 0, ``0.0.0.0/0`` or ``::/0``, covers
+    every address of either kind; others cover addresses of their own kind.  An IPv4-mapped IPv6
+    address (``::ffff:1.2.3.4``) is the IPv4 address too, in *ipaddr* as in the patterns.
 
     The list is compiled once and found again by its identity and content, so that passing the
     same list each time is quick, however long, and a change in place is seen at once.
 
-    :param ipaddr: the address to look for
-    :param iplist: the patterns; a str counts as a list of one
-    :raises ValueError: *ipaddr* is no address, or a pattern has a bad prefix length
-    :raises TypeError: a pattern is no str
+    Args:
+        ipaddr: the address to look for.
+        iplist: the patterns; a str counts as a list of one.
+
+    Raises:
+        ValueError: *ipaddr* is no address, or a pattern has a bad prefix length.
+        TypeError: a pattern is no str.
 
     >>> iniplist("192.168.0.45", ["10.0.0.0/8", "192.168.0.*"])
     True
@@ -328,8 +355,11 @@ def parse_addr(t: str) -> list[str]:
     Angle brackets, a source route and the quotes around the local part are taken off; the split
     is at the last ``@``.
 
-    :param t: an address as MAIL FROM or RCPT TO give it
-    :returns: ``[localpart, domain]``, or ``[localpart]`` where there is no domain
+    Args:
+        t: an address as MAIL FROM or RCPT TO give it.
+
+    Returns:
+        ``[localpart, domain]``, or ``[localpart]`` where there is no domain.
 
     >>> parse_addr('<"user@bar"@example.com>')
     ['user@bar', 'example.com']
@@ -393,6 +423,8 @@ class _Mailbox:
             spec = self._first
         elif "@" not in spec and not spec.startswith('"'):
             spec = spec.partition(" ")[0]
+        if not _can_be_one(spec):
+            return "", ""
         return _one_line(" ".join(self._comments)), spec
 
     def _space(self) -> None:
@@ -447,7 +479,16 @@ class _Mailbox:
         name = _one_line("".join(self._name)).strip()
         if self._comments:
             name = f"{name} ({' '.join(self._comments)})" if name else " ".join(self._comments)
-        return _one_line(name), address
+        return _one_line(name), address if _can_be_one(address) else ""
+
+
+def _can_be_one(address: str) -> bool:
+    """Whether an address has one way to be read: no second ``@``, and a domain after it if any.
+
+    Programs disagree on ``a@b@c``, and a sender could pass a check made for one of the domains.
+    """
+    bare = re.sub(_QUOTED + '"?', "", address, flags=re.DOTALL)
+    return bare.count("@") < 2 and not bare.endswith("@")
 
 
 def _one_line(text: str, instead: str = " ") -> str:
@@ -474,8 +515,14 @@ def parseaddr(t: str) -> tuple[str, str]:
     what mail programs of all kinds write: an unquoted ``@`` or comma in the name, a
     source route in the address, comments in comments.  Never raises on a str.
 
-    :param t: the value of From, To, Reply-To…; decode it first for a readable name
-    :returns: ``(full name, address)``, each ``''`` where missing
+    An address that programs read differently, with two ``@`` outside of quotes or nothing
+    after the ``@``, is no address: it gives ``''``, as :func:`email.utils.parseaddr` does.
+
+    Args:
+        t: the value of From, To, Reply-To…; decode it first for a readable name.
+
+    Returns:
+        ``(full name, address)``, each ``''`` where missing.
 
     >>> parseaddr("God@heaven <@hop.org:jeff@spec.org>")
     ('God@heaven', 'jeff@spec.org')
@@ -491,16 +538,16 @@ def parseaddr(t: str) -> tuple[str, str]:
 
 _WORD_START = re.compile(r"=\?([^\s?*]{1,64})(?:\*[^\s?]{0,64})?\?([bBqQ])\?")
 
-#: Codecs of Python's own that are no charsets; two of them are also slow on hostile input.
-_NOT_CHARSETS = frozenset(["idna", "punycode", "unicode-escape", "raw-unicode-escape", "undefined"])
-
 
 def decode(s: str | bytes, convert_eols: str | bytes | None = None) -> bytes:
     r"""Decode base64 whose padding may be missing.
 
-    :param s: the base64 text; characters outside its alphabet are skipped
-    :param convert_eols: replaces each CRLF of the result, ``"\n"`` for example; None keeps it
-    :raises binascii.Error: a single character is left over, which stands for no byte
+    Args:
+        s: the base64 text; characters outside its alphabet are skipped.
+        convert_eols: replaces each CRLF of the result, ``"\n"`` for example; None keeps it.
+
+    Raises:
+        binascii.Error: a single character is left over, which stands for no byte.
 
     >>> decode("QUI")
     b'AB'
@@ -508,7 +555,7 @@ def decode(s: str | bytes, convert_eols: str | bytes | None = None) -> bytes:
     data = s.encode("ascii", "replace") if isinstance(s, str) else s
     # Padding inside means that two encoded texts were put together.
     chunks = re.sub(rb"[^A-Za-z0-9+/=]+", b"", data).split(b"=")
-    out = b"".join(binascii.a2b_base64(chunk + b"=" * (-len(chunk) % 4)) for chunk in chunks)
+    out = b"".join(a2b_base64(chunk + b"=" * (-len(chunk) % 4)) for chunk in chunks)
     if convert_eols is not None:
         eol = convert_eols.encode() if isinstance(convert_eols, str) else convert_eols
         out = out.replace(b"\r\n", eol)
@@ -519,13 +566,17 @@ def parse_header(val: str) -> str:
     """Decode the RFC 2047 words of a header value.
 
     Base64 without its padding, words inside other text, white space and any other junk are taken
-    as mail programs write them. Words whose charset is unknown are read as UTF-8
-    where they are valid; what cannot be decoded stays as it is, and bytes that the
-    charset lacks become U+FFFD. Folds are undone where anything was decoded. A word cannot
-    bring in a line end or NUL: they become spaces.  Never raises on a str.
+    as mail programs write them, charsets under all the names that mail has for them. Words whose
+    charset is unknown are read as UTF-8 where they are valid; what cannot be decoded stays as it
+    is, and bytes that the charset lacks become U+FFFD. Folds are undone where anything was decoded.
+    A word cannot bring in a line end, which becomes a space; other control characters, NUL too,
+    stay as they were encoded.  Never raises on a str.
 
-    :param val: the value as the MTA hands it over
-    :returns: the decoded value; *val* itself where it has no word to decode
+    Args:
+        val: the value as the MTA hands it over.
+
+    Returns:
+        The decoded value; *val* itself where it has no word to decode.
 
     >>> parse_header("=?iso-8859-1?Q?Peter_=D8rum?= <orum@ditas.dk>")
     'Peter \u00d8rum <orum@ditas.dk>'
@@ -551,7 +602,7 @@ def parse_header(val: str) -> str:
             words = []
         if not words:
             out.append(_unfold(gap))
-        if words and words[-1].charset == word.charset:
+        if words and words[-1].codec == word.codec:
             # One character's bytes may be spread over two words.
             words[-1].pieces += word.pieces
         else:
@@ -563,10 +614,11 @@ def parse_header(val: str) -> str:
 
 
 class _Word:
-    """The bytes of an encoded word, or of several in a row, and the codec they are in."""
+    """The bytes of an encoded word, or of several in a row, and the charset they are in."""
 
-    def __init__(self, charset: str, data: bytes) -> None:
+    def __init__(self, charset: str, codec: str, data: bytes) -> None:
         self.charset = charset
+        self.codec = codec
         self.pieces = [data]  # joined once, since a sender may write any number of words
 
     @classmethod
@@ -579,49 +631,18 @@ class _Word:
                 data = _decode_q(text.encode("utf-8", "surrogateescape"))
         except ValueError:  # binascii.Error and UnicodeEncodeError are such
             return None
-        codec = _codec(charset)
+        codec = _charsets.codec_for(charset)
         if codec is None:
+            charset = codec = "utf-8"
             try:
                 data.decode()
             except UnicodeDecodeError:
                 return None
-        return cls(codec or "utf-8", data)
+        return cls(charset, codec, data)
 
     def __str__(self) -> str:
-        text = b"".join(self.pieces).decode(self.charset, "replace")
-        return re.sub("[\ud800-\udfff]", "\ufffd", re.sub(r"[\r\n\0]+", " ", text))
-
-
-_CODECS = frozenset(module.name for module in pkgutil.iter_modules(encodings.__path__))
-
-
-def _charset(name: str) -> str:
-    """Return the name of the codec for a charset; LookupError where mail may not use it.
-
-    Only names that Python's own codecs have, or ``encodings.aliases``, are looked up, in one
-    spelling: Python keeps every name that it was ever asked for.
-    """
-    if len(name) > 40 or not name.isascii():
-        raise LookupError("unknown charset")
-    plain = re.sub(r"[^a-z0-9.]+", "_", name.lower()).strip("_")
-    known = encodings.aliases.aliases
-    if plain not in known and plain not in _CODECS:
-        plain = plain.replace(".", "_")
-        if plain not in known:
-            raise LookupError("unknown charset")
-    codec = codecs.lookup(plain).name.replace("_", "-")
-    if codec in _NOT_CHARSETS:
-        raise LookupError("no charset")
-    b"a".decode(codec, "replace")  # refuses codecs between bytes and bytes or str and str
-    return codec
-
-
-def _codec(charset: str) -> str | None:
-    """Return the name of the codec for a charset, None where there is none."""
-    try:
-        return _charset(charset)
-    except (LookupError, ValueError):
-        return None
+        text = _charsets.decode(b"".join(self.pieces), self.charset) or ""
+        return re.sub("[\ud800-\udfff]", "\ufffd", re.sub(r"[\r\n]+", " ", text))
 
 
 def _decode_q(data: bytes) -> bytes:

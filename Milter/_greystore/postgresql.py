@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from ._greystore import (
+from .._extras import unusable
+from . import (
     GRACE,
     MARGIN,
     SWEEP,
@@ -31,10 +32,12 @@ try:
     import psycopg
     from psycopg import pq
 except ImportError as exc:
-    raise ImportError(
-        "a greylist on PostgreSQL needs the Python package psycopg and libpq: "
-        f"pip install 'pymilter[postgresql]' ({exc})",
-        name="psycopg",
+    raise unusable(
+        "a greylist on PostgreSQL",
+        "psycopg",
+        "psycopg",
+        exc,
+        "it needs libpq: libpq5 (Debian, Ubuntu), libpq (Fedora, RHEL), or psycopg[binary]",
     ) from exc
 
 log = logging.getLogger("milter.greylist")
@@ -69,7 +72,8 @@ ON CONFLICT (ip, sender, recipient) DO UPDATE SET
     lastseen = excluded.lastseen,
     firstseen = CASE
         WHEN g.cnt > 0 AND excluded.lastseen > g.lastseen + $7::double precision
-          OR g.cnt = 0 AND excluded.lastseen > g.firstseen + $6::double precision
+          OR g.cnt = 0 AND (excluded.lastseen > g.firstseen + $6::double precision
+                            OR excluded.lastseen < g.firstseen)
         THEN excluded.lastseen ELSE g.firstseen END,
     cnt = CASE
         WHEN g.cnt > 0 AND excluded.lastseen <= g.lastseen + $7::double precision

@@ -14,18 +14,15 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from ._greystore import GRACE, MARGIN, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
+from .._extras import unusable
+from . import GRACE, MARGIN, TIMEOUT, Limits, Row, State, Store, StoreUnavailable, Triple
 
 try:
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 except ImportError as exc:
-    raise ImportError(
-        "a greylist on Redis needs the Python package redis: "
-        f"pip install 'pymilter[redis]' ({exc})",
-        name="redis",
-    ) from exc
+    raise unusable("a greylist on Redis", "redis", "redis", exc) from exc
 
 _PREFIX = "milter:greylist:"
 _MOST_CONNECTIONS = 16
@@ -44,7 +41,7 @@ local firstseen, lastseen, cnt = tonumber(old[1]), tonumber(old[2]), tonumber(ol
 local grey, expire, retain = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 if not (firstseen and lastseen and cnt)
     or cnt > 0 and now > lastseen + retain
-    or cnt == 0 and now > firstseen + expire then
+    or cnt == 0 and (now > firstseen + expire or now < firstseen) then
   firstseen, cnt = now, 0
 elseif cnt > 0 or now >= firstseen + grey then
   cnt = cnt + 1

@@ -12,8 +12,10 @@ import math
 import numbers
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, TextIO
+
+from .. import _domains
 
 # Seconds of grace, so that a client which retries on the minute is not early by its own clock.
 GRACE = 5
@@ -85,6 +87,14 @@ def is_past(state: State, now: float, limits: Limits) -> bool:
     return now > state.firstseen + limits.expire
 
 
+def is_ahead(state: State, now: float) -> bool:
+    """Whether a triple waits for a time that a wrong clock set: it begins anew, as it waits less.
+
+    One that was let through already goes on being let through.
+    """
+    return state.cnt == 0 and now < state.firstseen
+
+
 def is_litter(state: State, limits: Limits) -> bool:
     """Whether a record can go; by the true time, as nothing comes back that went too early."""
     return is_past(state, time.time() - MARGIN, limits)
@@ -92,7 +102,7 @@ def is_litter(state: State, limits: Limits) -> bool:
 
 def advance(old: State | None, now: float, limits: Limits) -> State:
     """The state of a triple after it was seen at *now*; its ``cnt`` is what ``check`` returns."""
-    if old is None or is_past(old, now, limits):
+    if old is None or is_past(old, now, limits) or is_ahead(old, now):
         return State(now, now, 0)
     if old.cnt > 0:
         return State(old.firstseen, now, old.cnt + 1)
@@ -112,13 +122,14 @@ class Triple(NamedTuple):
     def parse(cls, ip: str | bytes | None, sender: str | bytes, recipient: str | bytes) -> Triple:
         """From a callback's arguments; *ip* is None for mail submitted locally.
 
-        Whatever hostile mail put into an address becomes printable text of bounded length; other
-        addresses stay as they are.  Raises TypeError for what is neither str nor bytes.
+        Whatever hostile mail put into an address becomes printable text of bounded length, and its
+        domain the form in which domains are compared; local parts stay as they are.  Raises
+        TypeError for what is neither str nor bytes.
         """
         return cls(
             _printable("ip", "" if ip is None else ip),
-            _printable("sender", sender),
-            _printable("recipient", recipient),
+            _printable("sender", sender, _domains.canonical_address),
+            _printable("recipient", recipient, _domains.canonical_address),
         )
 
     @property
@@ -133,11 +144,12 @@ class Triple(NamedTuple):
         return cls(ip, unquote_address(sender), unquote_address(recipient))
 
 
-def _printable(name: str, value: str | bytes) -> str:
+def _printable(name: str, value: str | bytes, form: Callable[[str], str] = str) -> str:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     elif not isinstance(value, str):
         raise TypeError(f"{name} must be str or bytes, not {value!r}")
+    value = form(value)
     if not value.isprintable():
         # Neither SQL text nor UTF-8 has room for lone surrogates and null bytes.
         value = "".join(c if c.isprintable() else _escape(c) for c in value)

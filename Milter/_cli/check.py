@@ -8,17 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from Milter import mta as _mta
-from Milter.mta import MTA, Negotiated, Offer
+from Milter.mta import MTA, Negotiated, Offer, SocketAddress
 
-from ._cli_common import (
+from .common import (
     EXIT_ERROR,
     EXIT_OK,
     EXIT_USAGE,
     SOCKET_HELP,
     FilterSocket,
     complain,
+    error_as_json,
+    error_kind,
     printable,
     seconds,
+    show_report,
 )
 
 _EPILOG = f"""\
@@ -44,7 +47,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.set_defaults(run=check)
     parser.add_argument("socket", metavar="SOCKET", help="where the filter listens")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print one JSON object")
+    shown.add_argument(
+        "--quiet", action="store_true", help="print nothing where a filter answers: a health check"
+    )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
@@ -64,30 +71,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def check(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit status."""
     try:
-        where = FilterSocket.parse(args.socket)
-        if where.kind == "fd":
-            raise ValueError(f"socket {args.socket!r}: a descriptor cannot be connected to")
+        address = FilterSocket.parse(args.socket).address
     except ValueError as exc:
+        if args.json:
+            failure = error_as_json(str(exc), "arguments", EXIT_USAGE, socket=args.socket)
+            show_report("check", failure)
         complain("check", exc)
         return EXIT_USAGE
     try:
-        agreed = _negotiate(where, args.timeout, args.wait)
+        agreed = _negotiate(address, args.timeout, args.wait)
     except (_mta.MTAError, OSError) as exc:
         if args.json:
-            print(json.dumps({"socket": args.socket, "answers": False, "error": str(exc)}))
+            more = {"socket": args.socket, "answers": False}
+            failure = error_as_json(str(exc), error_kind(exc), EXIT_ERROR, **more)
+            show_report("check", failure)
         complain("check", exc)
         return EXIT_ERROR
     if args.json:
         report = {"socket": args.socket, "answers": True, "negotiated": negotiated_as_json(agreed)}
-        print(json.dumps(report, indent=2))
-    else:
-        print("\n".join(_report(args.socket, agreed)))
+        show_report("check", json.dumps(report, indent=2))
+    elif not args.quiet:
+        show_report("check", "\n".join(_report(args.socket, agreed)))
     return EXIT_OK
 
 
-def _negotiate(where: FilterSocket, timeout: float, wait: float) -> Negotiated:
-    # Postfix's form does not tell IPv6 from IPv4 where the host is a name.
-    address = _mta.parse_socket(where.sendmail)
+def _negotiate(address: SocketAddress, timeout: float, wait: float) -> Negotiated:
     with MTA.connect(address, offer=Offer(), timeout=timeout, wait_for=wait) as mta:
         return mta.negotiated
 

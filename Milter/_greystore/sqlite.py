@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from ._greystore import (
+from . import (
     SWEEP,
     TIMEOUT,
     Limits,

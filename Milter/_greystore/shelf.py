@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
-from . import _dbmfile
-from ._greystore import TIMEOUT, StoreUnavailable
-from ._greystore_sqlite import Database
+from .. import _dbmfile
+from . import TIMEOUT, StoreUnavailable
+from .sqlite import Database
 
 log = logging.getLogger("milter.greylist")
 

@@ -1,0 +1,615 @@
+"""Coroutine callbacks: the event loop that awaits what callbacks return.
+
+Imported when the first callback returns an awaitable, by the extension, which calls ``start``, or
+``wait`` where the engine cannot suspend the callback; ``hung_up`` where the MTA is gone; and at the
+filter's end ``cancel_all`` and ``end``. The loop has a thread of its own, but where
+``Milter.serve`` serves in that of the program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import contextvars
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections import deque
+
+import milter
+
+from . import _later
+from ._advice import code_of
+from ._later import Later, close_awaitable
+from ._logging import logger
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from typing import Any
+
+    from milter import milterContext
+
+    Ended = Callable[[int, Any, "contextvars.Context | None"], object]
+
+# What has become of a callback, as the extension counts them.
+_RETURNED, _RAISED, _STOPPED, _HUNG_UP = range(4)
+
+_PATIENCE = 1.0  # seconds that a coroutine gets to end once it was cancelled, as the filter stops
+_HUNG_UP_PATIENCE = 30.0  # the same where the MTA has hung up: nobody waits then
+_LAST_SECONDS = 30.0  # for abort and close, of which nobody waits for the answer
+_END_SECONDS = 5.0  # for the thread of the loop, once all tasks were cancelled
+_SLOW_SECONDS = 1.0  # a loop that has no time for so long is blocked
+_LOOK_SECONDS = 0.25  # how often that is looked at
+
+_log = logger()
+
+
+class _Callback:
+    """A callback that waits. But for ``__init__`` all runs on the loop's thread."""
+
+    __slots__ = (
+        "answered",
+        "awaitable",
+        "begun",
+        "ctx",
+        "ended",
+        "is_last",
+        "outcome",
+        "runner",
+        "stage",
+        "task",
+        "timer",
+        "value",
+        "variables",
+        "why",
+    )
+
+    def __init__(
+        self,
+        awaitable: Awaitable[Any],
+        ctx: object,
+        variables: contextvars.Context,
+        stage: str,
+        is_last: bool,
+        ended: Ended,
+    ) -> None:
+        self.awaitable = awaitable
+        self.ctx = ctx
+        self.variables = variables
+        self.stage = stage
+        self.is_last = is_last
+        self.ended = ended
+        self.answered = self.begun = False
+        self.outcome: int | None = None
+        self.value: Any = None
+        self.why: int | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def begin(self, runner: _Runner) -> None:
+        """Have a task await it."""
+        self.runner = runner
+        if runner.stopping and not self.is_last:
+            self.why = _STOPPED
+            self.leave_off()
+            return
+        runner.waiting[id(self)] = self
+        self.task = _make_task(runner.loop, self.run(), self.variables)
+        if self.task.done():
+            self.finished(self.task)
+            return
+        self.task.add_done_callback(self.finished)
+        if self.is_last:
+            self.timer = runner.loop.call_later(_LAST_SECONDS, self.take_too_long)
+
+    async def run(self) -> None:
+        """Await it in the connection's variables, and note what became of it."""
+        self.begun = True
+        if self.why is not None:
+            close_awaitable(self.awaitable)
+            self.outcome = self.why
+            return
+        try:
+            self.value = await self.awaitable
+            self.outcome = _RETURNED
+        except asyncio.CancelledError as error:
+            self.outcome, self.value = self.judge_cancelled(error)
+        except BaseException as error:  # noqa: BLE001 - SystemExit too, which would end the loop
+            self.outcome, self.value = _RAISED, _without_first_frame(error)
+        if _COPIES:
+            self.variables = contextvars.copy_context()
+
+    def finished(self, _task: asyncio.Task[None]) -> None:
+        """Answer. Not in the task: the next callback may be about to enter its variables."""
+        if self.outcome is not None:
+            self.answer(self.outcome, self.value, self.variables)
+        elif not self.answered:  # the program has cancelled it before its first step
+            self.leave_off()
+
+    def judge_cancelled(self, error: BaseException) -> tuple[int, Any]:
+        if self.why is not None:
+            return self.why, None
+        # By the program, as when asyncio.run() ends; or the coroutine awaited what was cancelled.
+        cancelling = getattr(self.task or asyncio.current_task(), "cancelling", None)
+        if (cancelling is not None and cancelling() > 0) or self.runner.stopping:
+            return _STOPPED, None
+        return _RAISED, _without_first_frame(error)
+
+    def leave_off(self) -> None:
+        close_awaitable(self.awaitable)
+        self.answer(_STOPPED if self.why is None else self.why, None, None)
+
+    def answer(self, outcome: int, value: Any, variables: contextvars.Context | None) -> None:
+        """The callback goes on; the first answer counts."""
+        if self.answered:
+            return
+        self.answered = True
+        self.runner.waiting.pop(id(self), None)
+        if self.timer is not None:
+            self.timer.cancel()
+        self.ended(outcome, value, variables)
+
+    def cancel(self, why: int, patience: float) -> None:
+        """Cancel it; what does not end then goes on alone, and its callback without it."""
+        if self.answered:
+            return
+        self.why = why
+        if self.begun and self.task is not None:
+            self.task.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.runner.loop.call_later(patience, self.give_up)
+
+    def take_too_long(self) -> None:
+        _log.warning(
+            "the %s callback %s was cancelled after %g s",
+            self.stage,
+            _place(self.awaitable),
+            _LAST_SECONDS,
+        )
+        self.cancel(_STOPPED, _PATIENCE)
+
+    def give_up(self) -> None:
+        if not self.answered:
+            _log.warning(
+                "the %s callback %s goes on though it was cancelled; the connection goes on "
+                "without it",
+                self.stage,
+                _place(self.awaitable),
+            )
+            if self.task is not None:
+                self.runner.left.add(self.task)
+                self.task.add_done_callback(self.runner.left.discard)
+            # Its task still runs in the connection's variables, which no two may at once.
+            self.answer(_STOPPED if self.why is None else self.why, None, self.variables.copy())
+
+
+class _Runner:
+    """A loop that awaits, and what waits in it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.thread: threading.Thread | None = None  # its own; None: the loop is the program's
+        self.ident: int | None = None
+        self.stopping = False  # the deadline of the drain is over
+        self.ended = threading.Event()
+        self.incoming: deque[_Callback] = deque()
+        self.called = False  # the loop will look at what comes in
+        # By identity, as contexts of tests may compare as they like. The loop's thread's alone.
+        self.waiting: dict[int, _Callback] = {}
+        self.left: set[asyncio.Task[None]] = set()
+
+    # From any thread.
+
+    def start(self, callback: _Callback) -> None:
+        """Have the loop begin it. One call wakes the loop for all that has come until it looks."""
+        callback.runner = self
+        self.incoming.append(callback)
+        if not self.called:
+            self.called = True
+            try:
+                self.loop.call_soon_threadsafe(self._begin_all)
+            except RuntimeError:
+                self.called = False
+                self.incoming.remove(callback)
+                raise
+
+    def call(self, function: Callable[..., object], *args: Any) -> bool:
+        """Have the loop call it; False where the loop is closed."""
+        try:
+            self.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """The loop does not run, or is blocked: what waits goes on without it."""
+        for callback in [*self.incoming, *self.waiting.values()]:
+            callback.answer(_STOPPED, None, callback.variables.copy())
+
+    # On the loop's thread.
+
+    def _begin_all(self) -> None:
+        self.called = False
+        while self.incoming:
+            self.incoming.popleft().begin(self)
+
+    def cancel_waiting(self) -> None:
+        self.stopping = True
+        for callback in list(self.waiting.values()):
+            if not callback.is_last:
+                callback.cancel(_STOPPED, _PATIENCE)
+
+    def cancel_of(self, ctx: object) -> None:
+        for callback in list(self.waiting.values()):
+            if callback.ctx is ctx and not callback.is_last:
+                callback.cancel(_HUNG_UP, _HUNG_UP_PATIENCE)
+
+    def cancel_rest(self) -> None:
+        """At the end also those of abort and close."""
+        self.stopping = True
+        self._begin_all()
+        for callback in list(self.waiting.values()):
+            callback.cancel(_STOPPED, _PATIENCE)
+
+    async def wait_for_rest(self) -> None:
+        """Until nothing waits any more."""
+        self.cancel_rest()
+        tasks = [one.task for one in self.waiting.values() if one.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=_PATIENCE)
+        for callback in list(self.waiting.values()):
+            callback.give_up()
+
+
+_COPIES = sys.version_info < (3, 11)  # a task has a copy of its context
+_EAGER = sys.version_info >= (3, 12)
+
+
+def _make_task(
+    loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None], context: contextvars.Context
+) -> asyncio.Task[None]:
+    if _COPIES:
+        return context.run(loop.create_task, run)
+    if _EAGER and loop.get_task_factory() is None:
+        # A coroutine that does not wait is at its end at once.
+        return asyncio.Task(run, loop=loop, context=context, eager_start=True)  # type: ignore[call-arg,unused-ignore]
+    return loop.create_task(run, context=context)  # type: ignore[call-arg,unused-ignore]
+
+
+def _without_first_frame(error: BaseException) -> BaseException:
+    """The traceback begins in the filter's code."""
+    found = error.__traceback__
+    return error.with_traceback(found.tb_next) if found is not None and found.tb_next else error
+
+
+def _place(awaitable: object) -> str:
+    """Which coroutine it is, for the log."""
+    while isinstance(awaitable, Later):
+        awaitable = awaitable.awaitable
+    code = getattr(awaitable, "cr_code", None) or code_of(awaitable)
+    if code is None:
+        return f"({type(awaitable).__name__})"
+    name = getattr(awaitable, "__qualname__", code.co_name)
+    return f"{name} ({code.co_filename}, line {code.co_firstlineno})"
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_runner: _Runner | None = None
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    if _later.loop_factory is None:
+        return asyncio.new_event_loop()
+    loop = _later.loop_factory()
+    if not isinstance(loop, asyncio.AbstractEventLoop):
+        raise TypeError(
+            f"loop_factory must return an event loop of asyncio, not {type(loop).__name__}"
+        )
+    return loop
+
+
+def _serve_loop(runner: _Runner) -> None:
+    """Be the loop's thread, until ``end`` stops it."""
+    loop = runner.loop
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        loop.run_until_complete(runner.wait_for_rest())
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=_PATIENCE))
+        for task in left:
+            if not task.done():
+                _log.warning("a task goes on though it was cancelled: %s", task)
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        runner.ended.set()
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def _the_runner() -> _Runner:
+    """The loop that awaits, which is started here if it is the first time."""
+    global _runner
+    with _lock:
+        if _runner is None:
+            _runner = _Runner(_new_loop())
+            _runner.thread = threading.Thread(
+                target=_serve_loop, args=(_runner,), name="milter-coroutines", daemon=True
+            )
+            _runner.thread.start()
+            _runner.ident = _runner.thread.ident
+            atexit.register(end)
+            _watch(_runner)
+        return _runner
+
+
+def bind() -> _Runner:
+    """Have the running loop await, which is the program's.
+
+    Raises:
+        milter.error: no loop runs in this thread, or another one awaits already.
+    """
+    global _runner
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise milter.error("serve: it must be awaited in a running event loop of asyncio") from None
+    with _lock:
+        if _runner is not None:
+            raise milter.error("serve: a filter runs already; there is one to a process")
+        _runner = _Runner(loop)
+    _runner.ident = threading.get_ident()
+    _watch(_runner)
+    return _runner
+
+
+@contextlib.contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Have signals wake the loop, as it is about to sleep when one comes.
+
+    With other threads about that takes it longer, so that Ctrl-C would often have to wait for what
+    wakes it next. Where the program's loop sees to it by itself, that stays.
+    """
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        try:
+            before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        except ValueError:  # not on the main thread, which alone has to do with signals
+            yield
+            return
+        if before != -1:
+            signal.set_wakeup_fd(before)
+            yield
+            return
+        loop.add_reader(reader, _drain, reader)
+        try:
+            yield
+        finally:
+            now = signal.set_wakeup_fd(-1)
+            if now not in (writer.fileno(), -1):
+                signal.set_wakeup_fd(now)
+            loop.remove_reader(reader)
+
+
+def _drain(reader: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        reader.recv(4096)
+
+
+async def run_beside(runner: _Runner, main: Callable[[], object]) -> None:
+    """Call what serves on a thread of its own, and wait for it; stop it when that is cancelled."""
+    done = runner.loop.create_future()
+    failure: list[BaseException] = []
+    cancelled: asyncio.CancelledError | None = None
+
+    def run() -> None:
+        try:
+            main()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            failure.append(error)
+        runner.call(_settle, done)
+
+    milter._leave_signals(True)
+    thread = threading.Thread(target=run, name="milter-serve", daemon=True)
+    thread.start()
+    with _woken_by_signals(runner.loop):
+        while not done.done():
+            try:
+                await asyncio.wait([done])
+            except asyncio.CancelledError as error:
+                cancelled = error
+                milter.stop()
+    thread.join()
+    milter._leave_signals(False)
+    if failure:
+        raise failure[0]
+    if cancelled is not None:
+        raise cancelled
+
+
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+async def unbind() -> None:
+    """The filter in the program's loop has ended: its tasks end too."""
+    global _runner
+    with _lock:
+        runner, _runner = _runner, None
+    if runner is not None:
+        runner.ended.set()
+        await runner.wait_for_rest()
+
+
+# --- what the extension calls --------------------------------------------------------------------
+
+
+def start(
+    awaitable: Awaitable[Any],
+    ctx: milterContext,
+    variables: contextvars.Context,
+    stage: str,
+    is_last: bool,
+    ended: Ended,
+) -> None:
+    """Have the loop await what a callback returned.
+
+    Args:
+        awaitable: what it returned.
+        ctx: the connection's context.
+        variables: its contextvars context.
+        stage: the callback's name.
+        is_last: whether nobody waits for its answer, as it is abort or close.
+        ended: called on the loop's thread, with what became of it, the value or the exception, and
+            the variables that the connection has now, or None where these are the same.
+    """
+    _the_runner().start(_Callback(awaitable, ctx, variables, stage, is_last, ended))
+
+
+def wait(
+    awaitable: Awaitable[Any],
+    ctx: object,
+    variables: contextvars.Context,
+    stage: str,
+    is_last: bool,
+    _unused: object = None,
+) -> Any:
+    """Await it while this thread, which is not the loop's, waits without the interpreter lock.
+
+    Returns what it returns, and raises what it raises; CONTINUE where the filter stopped meanwhile.
+    """
+    value = wait_in(awaitable, ctx, variables, stage, is_last)[0]
+    return value
+
+
+def wait_in(
+    awaitable: Awaitable[Any],
+    ctx: object,
+    variables: contextvars.Context,
+    stage: str,
+    is_last: bool,
+) -> tuple[Any, contextvars.Context]:
+    """The same; returns also the variables that the connection has afterwards."""
+    runner = _the_runner()
+    if runner.ident == threading.get_ident():
+        close_awaitable(awaitable)
+        raise RuntimeError(f"the {stage} callback cannot be waited for in its own event loop")
+    done = threading.Event()
+    found: list[Any] = []
+
+    def ended(outcome: int, value: Any, new: contextvars.Context | None) -> None:
+        if not found:
+            found.extend((outcome, value, new))
+        done.set()
+
+    callback = _Callback(awaitable, ctx, variables, stage, is_last, ended)
+    runner.start(callback)
+    try:
+        done.wait()
+    except BaseException:  # Ctrl-C in a test
+        runner.call(callback.cancel, _STOPPED, _PATIENCE)
+        raise
+    outcome, value, new = found
+    if outcome == _RAISED:
+        raise value
+    return milter.CONTINUE if outcome != _RETURNED else value, new or variables
+
+
+def hung_up(ctx: milterContext) -> None:
+    """The MTA of a connection is gone, and nobody waits for its callback: cancel it."""
+    runner = _runner
+    if runner is not None:
+        runner.call(runner.cancel_of, ctx)
+
+
+def cancel_all() -> None:
+    """The deadline of the drain is over: cancel what still waits; from any thread."""
+    runner = _runner
+    if runner is not None:
+        runner.call(runner.cancel_waiting)
+
+
+def end() -> None:
+    """The filter has ended: end the loop, and wait for its thread; in the program's, for its tasks.
+
+    Where the loop has no time for that, what waits goes on without it.
+    """
+    global _runner
+    with _lock:
+        runner = _runner
+        if runner is not None and runner.thread is not None:
+            _runner = None
+    if runner is None:
+        return
+    if runner.thread is not None:
+        runner.call(runner.loop.stop)
+        runner.thread.join(_END_SECONDS)
+        atexit.unregister(end)
+    else:
+        done = threading.Event()
+        if runner.call(_end_in_program, runner, done):
+            done.wait(_END_SECONDS)
+    runner.abandon()
+
+
+def _end_in_program(runner: _Runner, done: threading.Event) -> None:
+    task = runner.loop.create_task(runner.wait_for_rest())
+    task.add_done_callback(lambda _: done.set())
+
+
+def _forget() -> None:
+    """In the child of a fork: the loop and its thread are the parent's."""
+    global _lock, _runner
+    _lock = threading.Lock()
+    _runner = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+# --- a loop that is blocked ----------------------------------------------------------------------
+
+
+def _watch(runner: _Runner) -> None:
+    """Where the log is told so much: have a thread look whether the loop is blocked."""
+    if _log.isEnabledFor(10):  # logging.DEBUG
+        threading.Thread(
+            target=_look_for_blocks, args=(runner,), name="milter-loop-watch", daemon=True
+        ).start()
+
+
+def _look_for_blocks(runner: _Runner) -> None:
+    told: set[tuple[str, int]] = set()
+    while not runner.ended.wait(_LOOK_SECONDS):
+        alive = threading.Event()
+        if not runner.call(alive.set):
+            return
+        if alive.wait(_SLOW_SECONDS):
+            continue
+        frame = sys._current_frames().get(runner.ident or 0)
+        place = ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+        if frame is not None and place not in told:
+            told.add(place)
+            stack = "".join(traceback.format_stack(frame, 20)).rstrip()
+            _log.warning(
+                "the event loop of coroutine callbacks is blocked for more than %g s, at:\n%s",
+                _SLOW_SECONDS,
+                stack,
+            )
+        while not alive.wait(_LOOK_SECONDS) and not runner.ended.is_set():
+            pass

@@ -1,0 +1,1 @@
+"""The commands of ``python -m Milter``, a module for each, and what they share."""

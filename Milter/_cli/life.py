@@ -1,0 +1,147 @@
+"""From signal to signal: what ends ``python -m Milter run``, and what has it reload."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import milter
+
+import Milter
+
+from .._systemd import Notifier
+from .common import EXIT_ERROR, CommandError, FilterSocket
+from .reload import PATIENCE, Generation, Overseer, is_possible
+
+
+class Life:
+    """What this process is among the generations of a filter, and what signals mean to it.
+
+    :param args: of the command.
+    :param where: where the filter listens.
+    :param generation: this process, where an overseer started it.
+    :param leave: called where another generation serves from then on.
+    :ivar notifier: tells systemd, or the overseer.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        where: FilterSocket,
+        generation: Generation | None,
+        leave: Callable[[], object],
+    ) -> None:
+        self._pid = os.getpid()
+        self._generation = generation
+        self._leave = leave
+        self.notifier = generation or Notifier()
+        self._overseer: Overseer | None = None
+        if generation is None and is_possible():
+            self._overseer = Overseer(args.argv, args.directory, where, self.notifier, leave)
+
+    def socket_is_open(self) -> None:
+        """To be called before the filter serves."""
+        if self._overseer is not None:
+            self._overseer.note_socket()
+
+    def serves(self, status: str, workers: bool) -> None:
+        """The filter serves from now on: tell whoever waits for that."""
+        self.notifier.ready(status, feed=not workers)
+        if self._generation is not None and not workers:
+            self._generation.watch(Milter.stop)
+
+    # --- for the supervisor of workers -----------------------------------------------------
+
+    @property
+    def beat(self) -> float | None:
+        """How often the supervisor is to call :meth:`on_beat`, in seconds; None for never."""
+        return self.notifier.interval if self._generation is None else self._generation.beat
+
+    def on_beat(self) -> None:
+        """Give a sign of life."""
+        if self._generation is not None:
+            self._generation.look(self._stop_here)
+        elif not self.has_handed_over():
+            self.notifier.alive()
+
+    def on_stop(self) -> None:
+        """The workers are about to be stopped; after a reload, others serve."""
+        if self._overseer is None or not self._overseer.has_handed_over:
+            self.notifier.stopping()
+
+    def on_signal(self) -> None:
+        """A signal asks for the end, again where it came before."""
+        milter._hand_over(0)
+        if self._overseer is not None:
+            self.notifier.stopping()
+            self._overseer.stop()
+
+    def _stop_here(self) -> None:
+        milter._hand_over(0)
+        Milter.stop()
+
+    # --- signals ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def signals(self, workers: bool) -> Iterator[None]:
+        """Handle the signals for which the module has no handler.
+
+        :param workers: those that ask for a stop are the supervisor's.
+        """
+        handlers = {} if workers else {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop}
+        if self._overseer is not None:
+            handlers[signal.SIGHUP] = self._overseer.on_hangup
+        elif self._generation is not None:
+            handlers[signal.SIGHUP] = self._retire
+        elif not workers:
+            handlers[signal.SIGHUP] = self._on_stop
+        previous = {}
+        for number, handler in handlers.items():
+            before = signal.getsignal(number)
+            if before in (signal.SIG_DFL, signal.default_int_handler):
+                previous[number] = before
+                signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            for number, before in previous.items():
+                signal.signal(number, before)
+
+    def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
+        self.notifier.stopping()
+        self.on_signal()
+        Milter.stop()
+
+    def _retire(self, _number: int, _frame: FrameType | None) -> None:
+        """The next generation serves."""
+        if os.getpid() == self._pid:  # a worker has a supervisor that knows
+            self._leave()
+            milter._hand_over(int(PATIENCE * 1000))
+            Milter.stop()
+            if self._generation is not None:
+                self._generation.tell_when_deaf()
+
+    # --- the end ---------------------------------------------------------------------------
+
+    def has_handed_over(self) -> bool:
+        """Whether a generation serves in the place of this process."""
+        return self._overseer is not None and self._overseer.has_handed_over
+
+    def wait_for_generations(self) -> None:
+        """This process serves no more: stay for as long as a generation does.
+
+        :raises CommandError: the last did not end well.
+        """
+        if self._overseer is None:
+            return
+        if not self._overseer.has_handed_over:
+            self._overseer.stop()  # one may be about to start
+        self._overseer.wait()
+        if self._overseer.status:
+            raise CommandError(
+                "what served after a reload has ended: its reason is above", EXIT_ERROR
+            )

@@ -1,0 +1,96 @@
+"""What a callback has returned to be awaited, with something that is done to the result."""
+
+from __future__ import annotations
+
+from ._advice import code_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Awaitable, Callable, Generator
+    from typing import Any
+
+    LoopFactory = Callable[[], AbstractEventLoop]
+
+_CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, for which inspect would take a megabyte
+
+#: What makes the loop that has a thread of its own; kept here, as most filters need no asyncio.
+loop_factory: LoopFactory | None = None
+
+
+def set_loop_factory(factory: LoopFactory | None) -> None:
+    """Say what makes the loop that has a thread of its own; None is asyncio's.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    global loop_factory
+    if factory is not None and not callable(factory):
+        raise TypeError(f"loop_factory must be callable or None, not {type(factory).__name__}")
+    loop_factory = factory
+
+
+def close_awaitable(awaitable: object) -> None:
+    """It will not be awaited, and need not complain of that.
+
+    Args:
+        awaitable: a coroutine, or what else can be awaited; only where it can be closed.
+    """
+    close = getattr(awaitable, "close", None)
+    if close is not None:
+        close()
+
+
+def is_awaitable(result: object) -> bool:
+    """Whether a callback's result is no verdict but something to be awaited."""
+    return type(result) is not int and hasattr(result, "__await__")
+
+
+def is_coroutine(method: Any) -> bool:
+    """Whether a method is ``async def``, also within decorators."""
+    code = code_of(method)
+    return code is not None and bool(code.co_flags & _CO_COROUTINE)
+
+
+class Later:
+    """An awaitable around another one.
+
+    It is no coroutine, as one that is closed before it was begun would not close the other one.
+
+    Attributes:
+        awaitable: the other one.
+    """
+
+    __slots__ = ("_check", "_last", "awaitable")
+
+    def __init__(
+        self,
+        awaitable: Awaitable[Any],
+        check: Callable[[Any], int] | None = None,
+        last: Callable[[], object] | None = None,
+    ) -> None:
+        """Wrap an awaitable.
+
+        Args:
+            awaitable: what is awaited.
+            check: gets its result, and returns what is the result then, or raises.
+            last: called at the end in any case, also where nothing is awaited at all.
+        """
+        self.awaitable = awaitable
+        self._check = check
+        self._last = last
+
+    def __await__(self) -> Generator[Any, None, int]:
+        """Await the other one."""
+        try:
+            result: int = yield from self.awaitable.__await__()
+            return result if self._check is None else self._check(result)
+        finally:
+            if self._last is not None:
+                self._last()
+
+    def close(self) -> None:
+        """It will not be awaited."""
+        close_awaitable(self.awaitable)
+        if self._last is not None:
+            self._last()
