@@ -1,4 +1,4 @@
-"""Fixtures: filters run as processes, and the MTA's side that talks to them."""
+"""Fixtures: filters run as processes, and sockets and directories for them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,14 @@ import itertools
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
-
-from Milter.mta import MTA
-
-FILTERS = Path(__file__).with_name("filters")
-# Seconds: the bound of every wait, far above what a loaded machine needs; more of them where
-# filters run under a tool that slows them down.
-WAIT = 20.0 * float(os.environ.get("TEST_PATIENCE", "1"))
+from support.engine import ENGINE, ENGINES
+from support.process import FILTERS, Filter, python_command
 
 # Whoever runs the tests may ignore signals (nohup, a shell's background jobs), and what is
 # started from here would inherit that.
@@ -34,100 +25,30 @@ for _number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         )
 
 
-def python_command() -> list[str]:
-    """This interpreter with the options that the tests themselves run under."""
-    options = ["-X", "dev"] if sys.flags.dev_mode else []
-    # pytest turns warnings into errors within its own process; only -W goes to children.
-    for option in sys.warnoptions:
-        options += ["-W", option]
-    return [sys.executable, *options]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINE,
+        help="which engine the filters have that choose none (%(default)s)",
+    )
 
 
-class Filter:
-    """A filter that runs as a process of its own.
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "engine(name): what only this engine does")
+    os.environ["PYMILTER_ENGINE"] = config.getoption("--engine")
 
-    ``socket``: where it listens, in libmilter's form.  ``output``: what it wrote to
-    standard output and standard error so far, without what every filter is told that runs as
-    root, as tests may; ``all_output`` is with that.
-    """
 
-    def __init__(self, command: list[str], socket_name: str, env: dict[str, str]) -> None:
-        self.socket = socket_name
-        self.process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._lines: list[str] = []
-        self._news = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stream:
-            for line in stream:
-                with self._news:
-                    self._lines.append(line.decode(errors="backslashreplace").rstrip("\n"))
-                    self._news.notify_all()
-        with self._news:
-            self._lines.append("")  # the end, so that waiters look again
-            self._news.notify_all()
-
-    @property
-    def output(self) -> str:
-        lines = self.all_output.split("\n")
-        return "\n".join(line for line in lines if "the filter runs as root" not in line)
-
-    @property
-    def all_output(self) -> str:
-        with self._news:
-            return "\n".join(self._lines)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def wait_for(self, text: str, count: int = 1) -> str:
-        """Wait until a line that holds `text` was written `count` times; returns the last."""
-        deadline = time.monotonic() + WAIT
-        with self._news:
-            while True:
-                found = [line for line in self._lines if text in line]
-                if len(found) >= count:
-                    return found[count - 1]
-                left = deadline - time.monotonic()
-                if left <= 0 or (self._lines and self._lines[-1] == "" and not self._alive()):
-                    raise AssertionError(f"no line with {text!r} in:\n" + "\n".join(self._lines))
-                self._news.wait(min(left, 0.2))
-
-    def _alive(self) -> bool:
-        return self.process.poll() is None
-
-    def mta(self, **options: Any) -> MTA:
-        """A connection to the filter, which may still be starting."""
-        options.setdefault("wait_for", WAIT)
-        options.setdefault("timeout", WAIT)
-        return MTA.connect(self.socket, **options)
-
-    def wait(self, timeout: float = WAIT) -> int:
-        """Wait until the process has ended; returns its exit status."""
-        status = self.process.wait(timeout)
-        self._reader.join(WAIT)
-        return status
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """End the filter as an administrator would; returns its exit status."""
-        self.process.send_signal(number)
-        return self.wait()
-
-    def kill(self) -> None:
-        if self._alive():
-            self.process.kill()
-        self.wait()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    engine = config.getoption("--engine")
+    others = [
+        item
+        for item in items
+        if any(engine not in mark.args for mark in item.iter_markers("engine"))
+    ]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
 
 
 @pytest.fixture
@@ -190,7 +111,8 @@ def _filters(new_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
 
 @pytest.fixture
 def run_filter(unix_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
-    """Starts filters: run_filter("name", *arguments) runs filters/name.py SOCKET *arguments.
+    """Starts filters: run_filter("name", *arguments) runs support/filters/name.py
+    SOCKET *arguments.
 
     ``source=``: the text of a script instead, which gets the same arguments.  ``socket=``: where
     to listen; a fresh unix socket by default.  ``env=``: additions to the environment.

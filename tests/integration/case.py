@@ -219,6 +219,8 @@ class Filter:
     :ivar symlist: the macros to ask for, by callback.
     :ivar macros: the macros to note at each stage, by callback.
     :ivar decorate: names of class decorators of the package (``rejected_recipients`` …).
+    :ivar functions: functions of a whole message (``Milter.mailfilter``) in place of all that, each
+        with its options; together they are a chain.
     """
 
     on: Mapping[str, Action] = field(default_factory=dict)
@@ -227,6 +229,7 @@ class Filter:
     symlist: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     macros: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     decorate: tuple[str, ...] = ()
+    functions: tuple[tuple[Action, Mapping[str, Any]], ...] = ()
 
 
 # --- what must be seen ---------------------------------------------------------------------------

@@ -91,6 +91,9 @@ def callback(stage: str, spec: Filter) -> Any:
 
 
 def make_class(run: str, spec: Filter) -> Any:
+    if spec.functions:
+        return make_mailfilter(run, spec)
+
     def say_of(self: Any, *values: Any) -> None:
         say(run, self.number, *values)
 
@@ -111,6 +114,21 @@ def make_class(run: str, spec: Filter) -> Any:
     for name in spec.decorate:
         made = getattr(Milter, name)(made)
     return made
+
+
+def make_mailfilter(run: str, spec: Filter) -> Any:
+    """A filter of functions, which says when a connection has ended."""
+    from Milter import mailfilter  # which older ones have not
+
+    made = [mailfilter.filter(**options)(function) for function, options in spec.functions]
+
+    session = mailfilter.chain(*made).session
+
+    def close(self: Any) -> Any:
+        say(run, 1, "close")
+        return session.close(self)
+
+    return type("CaseFilter", (session,), {"close": close})
 
 
 def follow_orders() -> None:

@@ -14,16 +14,13 @@ from Milter.mta import (
     MTA,
     Address,
     Dialect,
+    Editor,
     FilterTimeout,
     Header,
     Message,
     Reply,
-    Result,
     Stage,
     Verdict,
-    _apply,
-    _EnvelopeEditor,
-    _HeaderEditor,
 )
 from Milter.mta import (
     Step as MilterStep,
@@ -140,19 +137,19 @@ class _Session:
         self._walk.answered(step, reply[:1] in ("2", "3"))
 
     def _quit(self) -> None:
-        if self.mta is not None and self.mta._wire.is_open:
+        if self.mta is not None and self.mta.is_open:
             self._abort()
             self.mta.quit()
 
     def _abort(self) -> None:
         # Postfix says it whether a message is under way or not, and more than once.
-        if not self._silent and not self._blocked and self.mta._wire.is_open:
+        if not self._silent and not self._blocked and self.mta.is_open:
             self.mta.abort()
             self.mta.abort()
         self._forget()
 
     def _answer(self, step: Step) -> str:
-        if step.do != "banner" and not self.mta._wire.is_open:
+        if step.do != "banner" and not self.mta.is_open:
             return "closed"
         text = step.text.decode("utf-8", "surrogateescape")
         verb = text[:4].upper()
@@ -306,25 +303,22 @@ class _Session:
 
     def _deliver(self, message: Message, decided: Reply) -> None:
         assert self._sender is not None
-        leading = bool(self.mta.negotiated.steps & MilterStep.HDR_LEADSPC)
-        headers = _HeaderEditor(message.headers, OWN, Dialect.POSTFIX, leading)
-        envelope = _EnvelopeEditor(self._sender, self._recipients, Dialect.POSTFIX)
-        result = Result(
-            decided.verdict, decided.stage, decided.smtp, self._sender,
-            list(self._recipients), [], Message([], message.body),
-        )  # fmt: skip
-        for modification in decided.modifications:
-            _apply(modification, result, headers, envelope)
-        if result.quarantine is not None:
-            self._mock._held.append(Held(envelope.sender.address, result.quarantine))
-        elif envelope.recipients:
-            shown = Message(headers.headers, _lines(result.message.body))
-            self._mock._kept.append(
-                (
-                    Envelope(_dsn(envelope.sender), [_dsn(one) for one in envelope.recipients]),
-                    shown.as_bytes(),
-                )
-            )
+        editor = Editor(
+            message,
+            self._sender,
+            self._recipients,
+            dialect=Dialect.POSTFIX,
+            own_received=OWN,
+            leading_space=bool(self.mta.negotiated.steps & MilterStep.HDR_LEADSPC),
+        )
+        editor.apply(*decided.modifications)
+        if editor.quarantine is not None:
+            self._mock._held.append(Held(editor.sender.address, editor.quarantine))
+        elif editor.recipients:
+            envelope = Envelope(_dsn(editor.sender), [_dsn(one) for one in editor.recipients])
+            shown = editor.message
+            shown.body = _lines(shown.body)
+            self._mock._kept.append((envelope, shown.as_bytes()))
 
 
 def _dsn(address: Address) -> str:

@@ -10,6 +10,7 @@ from integration.cases import (
     bodies,
     envelope,
     headers,
+    mailfilters,
     portable,
     replies,
     sessions,
@@ -17,7 +18,7 @@ from integration.cases import (
     verdicts,
 )
 
-MODULES = (verdicts, replies, envelope, headers, bodies, steps, sessions, portable)
+MODULES = (verdicts, replies, envelope, headers, bodies, steps, sessions, portable, mailfilters)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 _BY_NAME = {case.name: case for case in CASES}
@@ -31,6 +32,7 @@ WAITING = Case(
     filter=Filter(on={"eoh": lambda f: time.sleep(600)}),
 )
 _BY_NAME[WAITING.name] = WAITING
+_BY_NAME[mailfilters.RANDOM.name] = mailfilters.RANDOM
 # Nor are these: test_injection.py is about what comes of them.
 _BY_NAME.update((case.name, case) for case in injection.CASES)
 

@@ -1,0 +1,1 @@
+"""What the tests share: partners, servers and filters; tests/README.md says what is where."""

@@ -1,0 +1,385 @@
+"""Filter classes with coroutine callbacks: coroutines.py SOCKET CLASS [OPTIONS].
+
+OPTIONS is a dict, the keywords of ``runmilter``.
+
+What happens is said on standard output, a line for each event.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextvars
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any, ClassVar
+
+import milter
+
+import Milter
+from Milter import _async
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+CLIENT: contextvars.ContextVar[str] = contextvars.ContextVar("CLIENT", default="nobody")
+
+
+class EachStep(Milter.Base):
+    """Coroutines in all steps, one after the other, with an action and a plain one between."""
+
+    async def connect(self, host: str, family: Any, address: Any) -> int:
+        CLIENT.set(host)
+        self.steps = ["connect"]
+        await asyncio.sleep(0)
+        return Milter.CONTINUE
+
+    async def hello(self, name: str) -> int:
+        self.steps.append("hello")
+        return Milter.CONTINUE
+
+    def envfrom(self, sender: str, *params: str) -> Any:
+        return self.answer("envfrom")  # a plain method that returns an awaitable
+
+    async def answer(self, step: str) -> int:
+        await asyncio.sleep(0.001)
+        self.steps.append(step)
+        return Milter.CONTINUE
+
+    def envrcpt(self, to: str, *params: str) -> int:
+        self.steps.append("envrcpt")
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        await asyncio.sleep(0)
+        self.steps.append("header")
+        return Milter.CONTINUE
+
+    async def eom(self) -> int:
+        await asyncio.create_task(self.act())
+        return Milter.ACCEPT
+
+    async def act(self) -> None:
+        self.addheader("X-Steps", " ".join(self.steps))
+        self.addheader("X-Client", CLIENT.get())
+
+    async def close(self) -> int:
+        await asyncio.sleep(0)
+        say("closed", CLIENT.get())
+        return Milter.CONTINUE
+
+
+class Failing(Milter.Base):
+    """What the recipient's name says goes wrong."""
+
+    async def envrcpt(self, to: str, *params: str) -> Any:
+        await asyncio.sleep(0)
+        if "raise" in to:
+            raise KeyError("of the coroutine")
+        if "none" in to:
+            return None
+        if "reply" in to:
+            self.setreply("550", "5.7.1", "not you")
+            return Milter.REJECT
+        return Milter.CONTINUE
+
+
+class Meeting(Milter.Base):
+    """Each recipient waits until 40 are there: none of them comes on if one blocks the others."""
+
+    here = 0
+    all_here: asyncio.Event
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        if Meeting.here == 0:
+            Meeting.all_here = asyncio.Event()
+        Meeting.here += 1
+        if Meeting.here == 40:
+            say("threads", len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0)
+            Meeting.all_here.set()
+        await Meeting.all_here.wait()
+        return Milter.CONTINUE
+
+
+class Waiting(Milter.Base):
+    """Never ends by itself."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        say("waits")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            say("cancelled")
+        return Milter.CONTINUE
+
+
+class Mixed(Milter.Base):
+    """A plain callback sets a variable, coroutines read and set it, a plain one reads it."""
+
+    def connect(self, host: str, family: Any, address: Any) -> int:
+        CLIENT.set(host)
+        return Milter.CONTINUE
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        await asyncio.sleep(0)
+        self.first = CLIENT.get()
+        CLIENT.set(f"{self.first}+{sender}")
+        return Milter.CONTINUE
+
+    def eom(self) -> int:
+        self.addheader("X-Client", CLIENT.get())
+        return Milter.ACCEPT
+
+
+class InTurn(Milter.Base):
+    """Headers come without waiting for an answer; their coroutines must not overlap."""
+
+    busy = 0
+    most = 0
+    count = 0
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        self.busy += 1
+        self.most = max(self.most, self.busy)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.busy -= 1
+        self.count += 1
+        return Milter.CONTINUE
+
+    async def eom(self) -> int:
+        self.addheader("X-Most", f"{self.most} of {self.count}")
+        return Milter.ACCEPT
+
+
+class Decorated(Milter.Base):
+    """The decorators, each on a coroutine."""
+
+    @Milter.nocallback
+    async def hello(self, name: str) -> int:
+        return Milter.CONTINUE
+
+    @Milter.symlist("{client_ptr}", "i")
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return Milter.CONTINUE
+
+    @Milter.decode("bytes")
+    async def envrcpt(self, to: bytes, *params: bytes) -> int:
+        say("recipient", to)
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        return Milter.REJECT
+
+
+class HangingUp(Milter.Base):
+    """Waits for ever in the step that the client's name says."""
+
+    async def connect(self, host: str, family: Any, address: Any) -> int:
+        self.where = host
+        return await self.step("connect")
+
+    async def step(self, name: str) -> int:
+        if name == self.where:
+            say("waits in", name)
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                say("cancelled in", name)
+                raise
+        return Milter.CONTINUE
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return Milter.CONTINUE
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        return await self.step("envrcpt")
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        return await self.step("header")
+
+    async def eom(self) -> int:
+        return await self.step("eom")
+
+    async def abort(self) -> int:
+        await asyncio.sleep(0.01)
+        say("aborted")
+        return Milter.CONTINUE
+
+    async def close(self) -> int:
+        await asyncio.sleep(0.01)
+        say("closed")
+        return Milter.CONTINUE
+
+
+class Stubborn(Milter.Base):
+    """Does not end when it is cancelled, in the step that the client's name says."""
+
+    async def connect(self, host: str, family: Any, address: Any) -> int:
+        self.where = host
+        return Milter.CONTINUE
+
+    async def stay(self, step: str) -> int:
+        if step == self.where:
+            say("waits")
+            while True:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    say("swallowed")
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        self.try_to_act()
+        return Milter.CONTINUE
+
+    def try_to_act(self) -> None:
+        try:
+            self.addheader("X-Late", "1")
+        except milter.error as error:
+            say("refused:", error)
+
+    async def eom(self) -> int:
+        return await self.stay("eom")
+
+    async def close(self) -> int:
+        return await self.stay("close")
+
+
+class Impatient(Stubborn):
+    """The same where not much time is given."""
+
+
+class Leftover(Milter.Base):
+    """A task that goes on after its callback."""
+
+    async def eom(self) -> int:
+        self.go = asyncio.Event()
+        self.task = asyncio.create_task(self.later())
+        return Milter.ACCEPT
+
+    async def later(self) -> None:
+        await self.go.wait()
+        try:
+            self.addheader("X-Late", "1")
+        except milter.error as error:
+            say("refused:", error)
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        if hasattr(self, "go"):
+            self.go.set()
+            await self.task
+        return Milter.CONTINUE
+
+
+class Pausing(Milter.Base):
+    """Takes 200 ms for each recipient, and for the end of each message."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        say("waits")
+        await asyncio.sleep(0.2)
+        return Milter.CONTINUE
+
+    async def eom(self) -> int:
+        await asyncio.sleep(0.2)
+        self.addheader("X-Paused", "twice")
+        return Milter.CONTINUE
+
+
+class Background(Milter.Base):
+    """Leaves a task running, which ends with the filter."""
+
+    tasks: ClassVar[set[Any]] = set()
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        Background.tasks.add(asyncio.create_task(self.run()))
+        await asyncio.sleep(0)
+        return Milter.CONTINUE
+
+    async def run(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            say("background ended")
+
+
+class Blocking(Milter.Base):
+    """Blocks the loop."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        time.sleep(1.5)  # in the loop
+        return Milter.CONTINUE
+
+
+class Negotiating(Milter.Base):
+    """A mistake: negotiation is no coroutine."""
+
+    async def negotiate(self, opts: list[int]) -> int:  # type: ignore[override]
+        return Milter.CONTINUE
+
+
+class Nested(Milter.Base):
+    """A mistake: a coroutine returns one."""
+
+    async def step(self) -> int:
+        return Milter.CONTINUE
+
+    async def envfrom(self, sender: str, *params: str) -> Any:
+        return self.step()
+
+
+class Exiting(Milter.Base):
+    async def envfrom(self, sender: str, *params: str) -> int:
+        await asyncio.sleep(0)
+        sys.exit(3)
+
+
+def make_loop() -> asyncio.AbstractEventLoop:
+    say("a loop is made in", os.getpid())
+    return asyncio.new_event_loop()
+
+
+def run_raw(socket: str) -> None:
+    """The extension alone, without classes."""
+
+    async def answer(ctx: Any, *args: Any) -> int:
+        await asyncio.sleep(0)
+        say("raw", len(args))
+        return milter.REJECT if args and args[0] == b"<no@d>" else milter.CONTINUE
+
+    for name in ("connect", "helo", "envfrom", "envrcpt", "header", "eoh", "body", "eom", "abort"):
+        getattr(milter, f"set_{name}_callback")(answer)
+    milter.set_close_callback(answer)
+    milter.register("raw", unknown=answer, data=answer)
+    milter.setconn(socket)
+    milter.main()
+
+
+if __name__ == "__main__":
+    socket, name, *more = sys.argv[1:]
+    if name == "raw":
+        run_raw(socket)
+        sys.exit()
+    Milter.factory = globals()[name]
+    options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
+    if name == "Blocking":
+        logging.basicConfig(level=logging.DEBUG)
+    if name == "Impatient":
+        _async._PATIENCE = _async._HUNG_UP_PATIENCE = _async._LAST_SECONDS = 0.2
+    if options.pop("make_loop", False):
+        options["loop_factory"] = make_loop
+    if options.pop("uvloop", False):
+        import uvloop
+
+        options["loop_factory"] = uvloop.new_event_loop
+    Milter.runmilter("coroutines", socket, **options)
+    say("loops left", [t.name for t in threading.enumerate() if "coroutines" in t.name])

@@ -1,0 +1,5 @@
+"""What tests of commands share."""
+
+from support.commands import runner
+
+__all__ = ["runner"]

@@ -1,0 +1,336 @@
+"""``python -m Milter run`` and SIGHUP: new code serves, and no message notices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import milter
+import pytest
+from support.process import WAIT, Filter, python_command
+
+import Milter
+from Milter.mta import MTA, Verdict
+
+MESSAGE = b"Subject: a\r\n\r\nb\r\n"
+
+Start = Callable[..., Filter]
+
+
+def write(place: Path, version: str, more: str = "") -> None:
+    """Write the module in one piece, so that no start finds half of it."""
+    text = f"""
+import Milter
+
+class Hello(Milter.Base):
+    def eom(self):
+        self.addheader("X-Version", {version!r})
+        return Milter.CONTINUE
+
+{more}
+"""
+    (place / "hello.new").write_text(text)
+    (place / "hello.new").replace(place / "hello.py")
+
+
+@pytest.fixture
+def place(directory: Path) -> Path:
+    """A directory that every user may enter, with a module and a directory for the socket."""
+    directory.chmod(0o755)
+    (directory / "run").mkdir(mode=0o755)
+    write(directory, "1")
+    return directory
+
+
+@pytest.fixture
+def start(place: Path) -> Iterator[Start]:
+    """Start ``python -m Milter run hello:Hello`` in that directory."""
+    started: list[Filter] = []
+
+    def run(
+        *options: str,
+        where: str = "",
+        env: dict[str, str] | None = None,
+        before: list[str] | None = None,
+    ) -> Filter:
+        python = python_command() if before is None else [*before, *python_command()[1:]]
+        words = [*python, "-m", "Milter", "run", "hello:Hello", *options]
+        socket_name = f"unix:{place}/run/s"
+        # No byte code: a file that changes twice within a second would be taken for the old one.
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+        words = ["env", "-C", str(place), *words, "--socket", where or socket_name]
+        started.append(Filter(words, socket_name, environment))
+        return started[-1]
+
+    yield run
+    for each in started:
+        with contextlib.suppress(Exception):
+            each.stop()
+        each.kill()
+
+
+def version(mta: MTA) -> str | None:
+    """Which code a message meets."""
+    result = mta.send(MESSAGE, recipients=["r@example.com"])
+    assert result.verdict is Verdict.CONTINUE
+    return result.message["X-Version"]
+
+
+def reload(filter_: Filter, count: int, said: str = "milter.run: reloaded:") -> str:
+    filter_.process.send_signal(signal.SIGHUP)
+    return filter_.wait_for(said, count)
+
+
+class Load:
+    """Clients that send all the time, some messages on each connection."""
+
+    def __init__(self, filter_: Filter, clients: int) -> None:
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self.failures: list[BaseException] = []
+        self.messages = 0
+        self._filter = filter_
+        self._threads = [threading.Thread(target=self._send) for _ in range(clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(WAIT)
+
+    def _send(self) -> None:
+        try:
+            while not self._end.is_set():
+                with MTA.connect(self._filter.socket, timeout=WAIT) as mta:
+                    for _ in range(3):
+                        version(mta)
+                        with self._lock:
+                            self.messages += 1
+        except BaseException as exc:  # noqa: BLE001 - for the test to see
+            self.failures.append(exc)
+
+
+@pytest.mark.parametrize("engine", ["libmilter", "native"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ten_reloads_under_load(start: Start, place: Path, workers: str, engine: str) -> None:
+    log = ["--access-log", "access"] if engine == "native" else []
+    filter_ = start("--workers", workers, *log, env={"PYMILTER_ENGINE": engine})
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    with Load(filter_, 8) as load:
+        for number in range(1, 10):
+            write(place, str(number + 1))
+            reload(filter_, number)
+        write(place, "broken", "1 / 0")
+        line = reload(filter_, 1, "not reloaded, what served before still does")
+    assert load.failures == []
+    assert load.messages > 80
+    assert "ZeroDivisionError: division by zero" in line
+    with filter_.mta() as mta:
+        assert version(mta) == "10"
+    assert filter_.stop() == 0
+    assert not (place / "run" / "s").exists()
+    if log:  # every message has its line, whoever had it
+        lines = (place / "access").read_text().splitlines()
+        assert len(lines) == load.messages + 2
+        assert len({line.split()[1] for line in lines}) >= 10  # processes
+
+
+def test_a_connection_goes_on_with_who_has_it(start: Start, place: Path) -> None:
+    filter_ = start()
+    with filter_.mta() as old:
+        assert version(old) == "1"
+        write(place, "2")
+        reload(filter_, 1)
+        with filter_.mta() as new:
+            assert version(new) == "2"
+        assert version(old) == "1"
+    # Nobody is left: the first generation is over, and the process that was started is not.
+    with filter_.mta() as new:
+        assert version(new) == "2"
+    assert filter_.process.poll() is None
+    assert filter_.stop() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_does_not_wait_for_connections_of_before(
+    start: Start, place: Path, workers: str
+) -> None:
+    filter_ = start("--workers", workers)
+    first = filter_.mta()
+    assert version(first) == "1"
+    reload(filter_, 1)
+    second = filter_.mta()
+    assert version(second) == "1"
+    reload(filter_, 2)
+    assert filter_.stop() == 0
+    assert not (place / "run" / "s").exists()
+    for each in (first, second):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ("import no_such_module", "No module named 'no_such_module'"),
+        ("del Hello", "module 'hello' has no class 'Hello'"),
+        ("Hello.header = lambda self: 0", "Hello.header cannot be called as it will be"),
+    ],
+)
+def test_code_that_cannot_serve_is_left_alone(
+    start: Start, place: Path, more: str, reason: str
+) -> None:
+    filter_ = start()
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    write(place, "2", more)
+    assert reason in reload(filter_, 1, "not reloaded, what served before still does")
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    write(place, "3")
+    reload(filter_, 1)
+    with filter_.mta() as mta:
+        assert version(mta) == "3"
+    assert filter_.stop() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_systemd_is_told(start: Start, place: Path, workers: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{place}/notify")
+        manager.settimeout(WAIT)
+
+        def told(what: str) -> str:
+            while True:
+                text = manager.recv(4096).decode()
+                if what in text:
+                    return text
+
+        env = {"NOTIFY_SOCKET": f"{place}/notify", "WATCHDOG_USEC": "200000"}
+        filter_ = start("--workers", workers, env=env)
+        told("READY=1")
+        filter_.process.send_signal(signal.SIGHUP)
+        assert re.search(r"RELOADING=1\nMONOTONIC_USEC=\d+$", told("RELOADING=1"))
+        said = told("READY=1")
+        assert "STATUS=serving on unix:" in said
+        pid = re.search(r"generation 2 \(pid (\d+)\)$", said)
+        assert pid is not None
+        told("WATCHDOG=1")
+        # Who hangs is not alive, though the process that systemd knows is.
+        os.kill(int(pid[1]), signal.SIGSTOP)
+        manager.settimeout(1.0)
+        with pytest.raises(OSError, match="timed out"):
+            for _ in range(20):
+                manager.recv(4096)
+        manager.settimeout(WAIT)
+        os.kill(int(pid[1]), signal.SIGCONT)
+        told("WATCHDOG=1")
+        write(place, "2", "1 / 0")
+        filter_.process.send_signal(signal.SIGHUP)
+        assert "STATUS=serving; not reloaded: cannot import 'hello'" in told("READY=1")
+        assert filter_.stop() == 0
+        told("STOPPING=1")
+
+
+def interpreter_for(user: str) -> str | None:
+    """An interpreter of this version that a user may run; None where it is all root's own."""
+    for each in (getattr(sys, "_base_executable", sys.executable), "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            done = subprocess.run(
+                [each, "-c", "import sys; print(sys.version_info[:2], sys.abiflags)"],
+                user=user,
+                capture_output=True,
+                text=True,
+                timeout=WAIT,
+                check=False,
+            )
+            if done.stdout.strip() == f"{sys.version_info[:2]} {sys.abiflags}":
+                return each
+    return None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_the_user_and_the_socket_stay(start: Start, place: Path) -> None:
+    # Where that user can read it.
+    for found in (milter.__file__, Milter.__file__):
+        if found.endswith("__init__.py"):
+            shutil.copytree(Path(found).parent, place / "lib" / "Milter")
+        else:
+            (place / "lib").mkdir()
+            shutil.copy(found, place / "lib")
+    python = interpreter_for("nobody")
+    filter_ = start(
+        "--user",
+        "nobody",
+        before=[python or sys.executable],
+        env={"PYTHONPATH": str(place / "lib")},
+    )
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    before = (place / "run" / "s").stat()
+    write(place, "2")
+    if python is None:
+        refusal = "not reloaded, what served before still does: [Errno 13] Permission denied"
+        assert sys.executable in reload(filter_, 1, refusal)
+    else:
+        pid = re.search(r"pid (\d+)", reload(filter_, 1))
+        assert pid is not None
+        assert os.stat(f"/proc/{pid[1]}").st_uid == pwd.getpwnam("nobody").pw_uid
+    after = (place / "run" / "s").stat()
+    assert (after.st_ino, stat.S_IMODE(after.st_mode)) == (before.st_ino, 0o660)
+    with filter_.mta() as mta:
+        assert version(mta) == ("2" if python else "1")
+    assert filter_.stop() == 0
+
+
+INHERITING = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.dup2(listener.fileno(), 9)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def test_an_inherited_socket(start: Start, place: Path) -> None:
+    path = f"{place}/run/s"
+    filter_ = start(where="fd:9", before=[sys.executable, "-c", INHERITING, path])
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    write(place, "2")
+    reload(filter_, 1)
+    with filter_.mta() as mta:
+        assert version(mta) == "2"
+    assert filter_.stop() == 0
+    assert (place / "run" / "s").exists()  # it is not ours to remove
+
+
+def test_generations_end_with_the_process_that_was_started(start: Start, place: Path) -> None:
+    filter_ = start()
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    pid = re.search(r"pid (\d+)", reload(filter_, 1))
+    assert pid is not None
+    generation = os.pidfd_open(int(pid[1]))
+    filter_.process.kill()
+    try:
+        assert select.select([generation], [], [], WAIT)[0]
+    finally:
+        os.close(generation)

@@ -1,0 +1,436 @@
+"""Callbacks that are coroutines."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+import pytest
+from support.engine import engine
+from support.process import WAIT
+
+from Milter.mta import MTA, AddHeader, FilterClosed, SmtpReply, Stage, Step, Verdict
+
+LOOPS = [
+    "",
+    pytest.param(
+        "uvloop",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
+        ),
+    ),
+]
+SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in coroutines",))
+
+
+@pytest.fixture
+def coroutines(run_filter: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a class of the filter, with keywords for runmilter."""
+
+    def run(name: str, **options: Any) -> Any:
+        return run_filter("coroutines", name, repr(options))
+
+    return run
+
+
+def envelope(mta: MTA, sender: str = "<a@b>", host: str = "client.example") -> None:
+    mta.connect_info(host)
+    mta.helo("h")
+    mta.mail(sender)
+
+
+def message(mta: MTA, host: str = "client.example") -> Any:
+    envelope(mta, host=host)
+    mta.rcpt("<c@d>")
+    mta.data()
+    mta.header("Subject", " x")
+    mta.eoh()
+    return mta.eom()
+
+
+def hang_up(mta: MTA) -> None:
+    """End a connection on which another thread waits for an answer."""
+    with socket.socket(fileno=os.dup(mta.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_coroutines_and_plain_methods_in_turn(coroutines: Callable[..., Any], loop: str) -> None:
+    """Actions reach the MTA from a task too; what connect set in its context is there in eom."""
+    running = coroutines("EachStep", **({"uvloop": True} if loop else {}))
+    with running.mta() as mta:
+        reply = message(mta)
+    assert reply.verdict == Verdict.ACCEPT
+    assert reply.modifications == (
+        AddHeader(b"X-Steps", b"connect hello envfrom envrcpt header"),
+        AddHeader(b"X-Client", b"client.example"),
+    )
+    running.wait_for("closed client.example")
+    assert running.stop() == 0
+    assert "Error" not in running.output
+
+
+@pytest.mark.parametrize("name", ["client.example", "other.example"])
+def test_plain_callbacks_share_the_variables_of_their_connection(
+    coroutines: Callable[..., Any], name: str
+) -> None:
+    running = coroutines("Mixed")
+    with running.mta() as one, running.mta() as other:
+        envelope(one, "<1@b>", name)
+        envelope(other, "<2@b>", "third.example")
+        for mta, client in ((one, f"{name}+<1@b>"), (other, "third.example+<2@b>")):
+            mta.rcpt("<c@d>")
+            assert mta.eom().modifications == (AddHeader(b"X-Client", client.encode()),)
+
+
+def test_the_steps_of_a_connection_never_overlap(coroutines: Callable[..., Any]) -> None:
+    """Nor where the MTA does not wait for answers."""
+    running = coroutines("InTurn")
+    with running.mta() as mta:
+        envelope(mta)
+        mta.rcpt("<c@d>")
+        mta.data()
+        for number in range(20):
+            assert mta.header("X", f" {number}").verdict == Verdict.NO_REPLY
+        assert mta.eom().modifications == (AddHeader(b"X-Most", b"1 of 20"),)
+
+
+def test_what_goes_wrong_is_what_goes_wrong_in_any_callback(
+    coroutines: Callable[..., Any],
+) -> None:
+    running = coroutines("Failing")
+    with running.mta() as mta:
+        mta.connect_info("client.example", "192.0.2.1", 25)
+        mta.helo("h")
+        mta.mail("<a@b>", macros={"i": "4F1A2", "_": "client.example [192.0.2.1]"})
+        assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
+        assert mta.rcpt("<raise@d>").smtp == SOFT
+        assert mta.rcpt("<none@d>").smtp == SOFT
+        assert mta.rcpt("<reply@d>").smtp == SmtpReply(550, "5.7.1", ("not you",))
+        assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
+    assert running.stop() == 0
+    told = "exception in the envrcpt callback, queue id 4F1A2, client client.example [192.0.2.1]"
+    assert running.output.count(told) == 2
+    # The traceback begins in the filter.
+    frames = re.findall(r'File ".*/(\w+\.py)", line', running.output.partition("KeyError:")[0])
+    assert frames == ["coroutines.py"]
+    assert "the envrcpt callback returned None: not an int" in running.output
+
+
+def test_sys_exit_in_a_coroutine_ends_the_filter(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Exiting")
+    with contextlib.suppress(OSError, EOFError), running.mta() as mta:
+        envelope(mta)
+    assert running.wait() == 3
+
+
+def test_those_that_wait_do_not_hold_up_the_others(coroutines: Callable[..., Any]) -> None:
+    """Nor do they hold threads of the engine `native`."""
+    running = coroutines("Meeting")
+
+    def send(number: int) -> Verdict:
+        with running.mta() as mta:
+            envelope(mta)
+            return mta.rcpt(f"<{number}@d>").verdict
+
+    with ThreadPoolExecutor(40) as pool:
+        assert set(pool.map(send, range(40))) == {Verdict.CONTINUE}
+    line = running.wait_for("threads")
+    if sys.platform == "linux":
+        threads = int(line.split()[-1])
+        assert threads <= 8 if engine() == "native" else threads >= 40
+
+
+# --- the decorators ------------------------------------------------------------------------------
+
+
+def test_decorators_apply_to_coroutines(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Decorated")
+    with running.mta() as mta:
+        negotiated = mta.negotiated
+        assert Step.NOHELO in negotiated.steps
+        assert Step.NR_HDR in negotiated.steps
+        assert negotiated.macros == {Stage.MAIL: ("{client_ptr}", "i")}
+        envelope(mta)
+        mta.rcpt(b"<caf\xe9@d>")
+        running.wait_for(r"recipient b'<caf\xe9@d>'")
+        mta.data()
+        assert mta.header("Subject", " x").verdict == Verdict.NO_REPLY
+        assert mta.eom().smtp == SOFT
+    running.wait_for("header return code must be CONTINUE with @noreply, but is")
+
+
+# --- hanging up ----------------------------------------------------------------------------------
+
+
+@pytest.mark.engine("native")
+@pytest.mark.parametrize("step", ["connect", "envrcpt", "header", "eom"])
+def test_what_waits_when_the_mta_hangs_up_is_cancelled(
+    coroutines: Callable[..., Any], step: str
+) -> None:
+    """Then abort and close follow, which are not."""
+    running = coroutines("HangingUp")
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        talk = pool.submit(message, mta, step)
+        running.wait_for(f"waits in {step}")
+        hang_up(mta)
+        running.wait_for("closed")
+        with contextlib.suppress(FilterClosed):
+            talk.result(WAIT)
+    mta.close()
+    lines = running.output.split("\n")
+    wanted = [f"waits in {step}", f"cancelled in {step}", "aborted", "closed"]
+    assert [line for line in lines if line in wanted] == [
+        line for line in wanted if line != "aborted" or step != "connect"
+    ]
+    assert "exception" not in running.output
+    with running.mta() as another:
+        assert message(another, "nowhere").verdict == Verdict.CONTINUE
+    assert running.stop() == 0
+
+
+@pytest.mark.engine("libmilter")
+def test_with_libmilter_nobody_knows_that_the_mta_has_hung_up(
+    coroutines: Callable[..., Any],
+) -> None:
+    """Its end is seen when the coroutine has ended."""
+    running = coroutines("HangingUp", drain_timeout=0)
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        talk = pool.submit(message, mta, "envrcpt")
+        running.wait_for("waits in envrcpt")
+        hang_up(mta)
+        with contextlib.suppress(FilterClosed):
+            talk.result(WAIT)
+    mta.close()
+    assert "cancelled" not in running.output
+    assert running.stop() == 0
+    assert "cancelled in envrcpt" in running.output
+
+
+def test_abort_and_close_may_be_coroutines(coroutines: Callable[..., Any]) -> None:
+    """Of a message that is reset, and at the end of the connection; steps go on in turn."""
+    running = coroutines("HangingUp")
+    with running.mta() as mta:
+        envelope(mta)
+        mta.abort()
+        mta.mail("<again@b>")
+        assert mta.rcpt("<c@d>").verdict == Verdict.CONTINUE
+        running.wait_for("aborted")
+        mta.quit()
+    running.wait_for("closed")
+    assert [line for line in running.output.split("\n") if line in ("aborted", "closed")] == [
+        "aborted",
+        "aborted",
+        "closed",
+    ]
+
+
+def test_many_that_close_hold_no_thread(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("HangingUp")
+    for _ in range(20):
+        with running.mta() as mta:
+            mta.connect_info("client.example")
+    running.wait_for("closed", 20)
+    assert running.stop() == 0
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_what_waits_at_the_end_of_the_drain_is_cancelled(coroutines: Callable[..., Any]) -> None:
+    """The message is put off; the loop's thread ends with the filter."""
+    running = coroutines("Waiting", drain_timeout=1)
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        envelope(mta)
+        answer = pool.submit(mta.rcpt, "<c@d>")
+        running.wait_for("waits")
+        running.process.send_signal(signal.SIGTERM)
+        assert answer.result(WAIT).smtp == SmtpReply(
+            451, "4.3.2", ("pymilter: stopping, try again later: coroutines",)
+        )
+        running.wait_for("cancelled")
+        running.wait_for("loops left []")
+    with contextlib.suppress(FilterClosed):
+        mta.close()
+    assert running.wait() == 0
+
+
+def test_a_coroutine_before_a_message_goes_on_until_the_deadline_too(
+    coroutines: Callable[..., Any],
+) -> None:
+    running = coroutines("HangingUp", drain_timeout=1)
+    with ThreadPoolExecutor(1) as pool:
+        mta = running.mta()
+        talk = pool.submit(message, mta, "connect")
+        running.wait_for("waits in connect")
+        began = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_for("cancelled in connect")
+        assert time.monotonic() - began > 0.9
+        with contextlib.suppress(OSError, EOFError):
+            talk.result(WAIT)
+        assert running.wait() == 0
+        mta.close()
+
+
+@pytest.mark.parametrize("step", ["eom", "close"])
+def test_a_coroutine_that_does_not_end_is_left_behind(
+    coroutines: Callable[..., Any], step: str
+) -> None:
+    """The filter ends all the same; what is left acts no more."""
+    running = coroutines("Impatient", drain_timeout=0)
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        talk = pool.submit(message, mta, step)
+        if step == "close":
+            assert talk.result(WAIT).verdict == Verdict.CONTINUE
+            mta.close()
+        running.wait_for("waits")
+        running.process.send_signal(signal.SIGTERM)
+        if step == "eom":
+            assert talk.result(WAIT).smtp.code == 451
+    running.wait_for(f"the {step} callback ")
+    running.wait_for("goes on though it was cancelled; the connection goes on without it")
+    running.wait_for("loops left []")
+    assert running.wait() == 0
+    assert "refused: " in running.output
+    with contextlib.suppress(FilterClosed):
+        mta.close()
+
+
+def test_a_close_that_does_not_end_is_cancelled_by_and_by(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Impatient")
+    with running.mta() as mta:
+        message(mta, "close")
+    running.wait_for("was cancelled after 0.2 s")
+    running.wait_for("swallowed")
+    assert running.stop() == 0
+
+
+def test_a_task_that_is_left_acts_no_more(coroutines: Callable[..., Any]) -> None:
+    """Not in the callback that began it: the next one may be another message's."""
+    running = coroutines("Leftover")
+    with running.mta() as mta:
+        assert message(mta).modifications == ()
+        mta.mail("<next@b>")
+    running.wait_for("refused: smfi_addheader: only allowed in the eom callback")
+
+
+def test_tasks_of_the_program_end_with_the_filter(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Background")
+    with running.mta() as mta:
+        envelope(mta)
+    assert running.stop() == 0
+    lines = running.output.split("\n")
+    assert lines.index("background ended") < lines.index("loops left []")
+    assert "never awaited" not in running.output and "destroyed" not in running.output
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def test_the_loop_is_made_by_the_factory_when_it_is_needed(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("EachStep", make_loop=True)
+    with running.mta() as mta:
+        assert "a loop is made" not in running.output
+        message(mta)
+    running.wait_for(f"a loop is made in {running.pid}")
+    assert running.stop() == 0
+    assert running.output.count("a loop is made") == 1
+
+
+def test_each_worker_has_a_loop(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("EachStep", make_loop=True, workers=2)
+
+    def send(_: int) -> Verdict:
+        with running.mta() as mta:
+            return message(mta).verdict
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(send, range(16))) == {Verdict.ACCEPT}
+    assert running.stop() == 0
+    made = re.findall(r"a loop is made in (\d+)", running.output)
+    assert 1 <= len(set(made)) == len(made) <= 2
+    assert str(running.pid) not in made
+
+
+@pytest.mark.parametrize("factory", ["3", "lambda: 3"])
+def test_a_loop_factory_that_is_none(run_filter: Callable[..., Any], factory: str) -> None:
+    source = (
+        "import sys, Milter\n"
+        "class Filter(Milter.Base):\n"
+        "    async def envfrom(self, *args):\n"
+        "        return Milter.CONTINUE\n"
+        "Milter.factory = Filter\n"
+        f"Milter.runmilter('coroutines', sys.argv[1], loop_factory={factory})\n"
+    )
+    running = run_filter(source=source)
+    if factory == "3":
+        running.wait_for("TypeError: loop_factory must be callable or None, not int")
+        assert running.wait() == 1
+        return
+    with running.mta() as mta:
+        mta.connect_info("c")
+        mta.helo("h")
+        assert mta.mail("<a@b>").smtp == SOFT
+    running.wait_for("TypeError: loop_factory must return an event loop of asyncio, not int")
+    assert "never awaited" not in running.output
+
+
+def test_a_loop_that_is_blocked_is_told_of_with_the_place(coroutines: Callable[..., Any]) -> None:
+    """Once for each place, where the log is told so much."""
+    running = coroutines("Blocking")
+    with running.mta() as mta:
+        envelope(mta)
+        mta.mail("<again@b>")
+    running.wait_for("the event loop of coroutine callbacks is blocked for more than 1 s, at:")
+    running.wait_for("time.sleep(1.5)  # in the loop")
+    assert running.stop() == 0
+    assert running.output.count("is blocked for more") == 1
+
+
+# --- what is wrong -------------------------------------------------------------------------------
+
+
+def test_negotiation_is_no_coroutine(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Negotiating")
+    with contextlib.suppress(OSError, EOFError), running.mta() as mta:
+        mta.connect_info("c")
+    running.wait_for("so it is no coroutine; write it without async")
+    assert running.stop() == 0
+    assert "never awaited" not in running.output
+
+
+def test_a_coroutine_that_returns_one(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Nested")
+    with running.mta() as mta:
+        mta.connect_info("c")
+        mta.helo("h")
+        assert mta.mail("<a@b>").smtp == SOFT
+    running.wait_for("not an int; the coroutine that returned it must await it")
+    assert running.stop() == 0
+    assert "never awaited" not in running.output
+
+
+def test_callbacks_of_the_extension_may_be_coroutines(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("raw")
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<no@d>").verdict == Verdict.REJECT
+        assert mta.rcpt("<yes@d>").verdict == Verdict.CONTINUE
+        mta.data()
+        mta.abort()
+    running.wait_for("raw 0", 3)  # data, abort and close
+    assert running.stop() == 0
+    assert "never awaited" not in running.output

@@ -1,0 +1,178 @@
+"""What our own engine promises by itself: it sleeps, callbacks that block hold up nobody, and
+descriptors that run out are waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.lifecycle import wait_until
+from support.process import WAIT
+from support.wire import Session, session
+
+from Milter.mta import MTA, MTAError, Offer, Verdict
+
+pytestmark = [
+    pytest.mark.engine("native"),
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc"),
+]
+
+Run = Callable[..., Any]
+
+
+def passes(running: Any) -> None:
+    """An honest connection is served in full."""
+    with session(running) as each:
+        assert each.message().verdict is Verdict.CONTINUE
+
+
+# --- an idle filter ----------------------------------------------------------------------------
+
+
+def switches(pid: int) -> list[str]:
+    """How often each thread has gone to sleep."""
+    found = []
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        found += re.findall(r"^voluntary_ctxt_switches:.*", status.read_text(), re.MULTILINE)
+    return found
+
+
+def is_at_rest(pid: int) -> bool:
+    before = switches(pid)
+    time.sleep(0.1)
+    return switches(pid) == before
+
+
+def calls_of(pid: int, meanwhile: Callable[[], object], report: Path) -> int:
+    """How many system calls a process makes meanwhile, all its threads together."""
+    command = ["strace", "-c", "-f", "-o", str(report), "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        said = strace.stderr.readline()
+        if "attached" not in said:
+            strace.kill()
+            pytest.skip(f"strace may not look here: {said.strip()}")
+        try:
+            meanwhile()
+        finally:
+            strace.send_signal(signal.SIGINT)
+            strace.communicate(timeout=WAIT)
+    rows = [line.split() for line in report.read_text().splitlines()]
+    return sum(int(row[3]) for row in rows if row and row[0][0].isdigit() and row[-1] != "total")
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_an_idle_filter_sleeps(run_filter: Run, tmp_path: Path) -> None:
+    """For ten seconds, with connections that are open and after a message."""
+    running = run_filter("scripted")
+    passes(running)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(running.mta(offer=Offer())).connect_info("client.example")
+        wait_until(lambda: is_at_rest(running.pid), "it never rests")
+        assert calls_of(running.pid, lambda: time.sleep(10), tmp_path / "idle") <= 5
+    assert calls_of(running.pid, lambda: passes(running), tmp_path / "busy") > 20
+    assert running.stop() == 0
+
+
+# --- callbacks that block ----------------------------------------------------------------------
+
+
+def test_a_callback_that_blocks_delays_no_other(run_filter: Run) -> None:
+    """On another connection an answer takes a few milliseconds, now and then more where the machine
+    is busy, and never as long as the one that blocks.
+    """
+    running = run_filter("scripted")
+    with running.mta(offer=Offer()) as mta, session(running) as beside:
+        beside.connect()
+        blocking = Session(running, mta, {"helo": "import time; say('blocks'); time.sleep(2)"})
+        blocking.connect()
+        mta.send_packet(b"H", b"client.example\0")
+        assert blocking.next() == ("blocks",)
+        took = []
+        while not select.select([mta], [], [], 0)[0]:
+            began = time.monotonic()
+            assert beside.mta.mail("<alice@example.com>").verdict is Verdict.CONTINUE
+            beside.mta.abort()
+            took.append(time.monotonic() - began)
+        assert mta.read_packet().command == b"c"
+    print(f"{len(took)} answers, p99 {1e3 * statistics.quantiles(took, n=100)[98]:.2f} ms")
+    assert len(took) > 100
+    assert statistics.quantiles(took, n=100)[98] < 0.1
+    assert max(took) < 1
+
+
+# --- descriptors -------------------------------------------------------------------------------
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_descriptors_that_run_out_are_waited_for(run_filter: Run) -> None:
+    """That is told once, takes no processor time, and ends by itself."""
+    running = run_filter("scripted")
+    passes(running)
+    used = len(os.listdir(f"/proc/{running.pid}/fd"))
+    _, most = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 2, most))
+    with contextlib.ExitStack() as stack:
+        served: list[MTA] = []
+        with pytest.raises(MTAError):
+            while len(served) < 8:
+                served.append(stack.enter_context(running.mta(offer=Offer(), timeout=1)))
+        assert served
+        waiting = socket.socket(socket.AF_UNIX)
+        stack.callback(waiting.close)
+        waiting.connect(running.socket.partition(":")[2])
+        before = cpu_seconds(running.pid)
+        time.sleep(2.5)  # it tries again meanwhile, once a second
+        assert cpu_seconds(running.pid) - before < 0.3
+        assert running.output.count("cannot accept connections for now") == 1, running.output
+        served[0].close()
+        with MTA(waiting, offer=Offer(), timeout=WAIT) as mta:
+            assert mta.connect_info("client.example").verdict is Verdict.CONTINUE
+    passes(running)
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("spare", range(9))
+def test_few_descriptors_when_the_filter_starts(run_filter: Run, spare: int) -> None:
+    """It says why it cannot start and ends, or serves, or says why it cannot do that."""
+    setup = "import os, resource\nused = len(os.listdir('/proc/self/fd')) - 1\n"
+    setup += "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    setup += f"resource.setrlimit(resource.RLIMIT_NOFILE, (used + {spare}, most))"
+    running = run_filter("scripted", setup)
+
+    def is_decided() -> bool:
+        if running.process.poll() is not None or "cannot accept" in running.output:
+            return True
+        try:
+            running.mta(offer=Offer(), wait_for=0, timeout=0.5).close()
+        except (MTAError, OSError):
+            return False
+        return True
+
+    wait_until(is_decided, "it neither serves nor says why")
+    if running.process.poll() is None:
+        assert running.stop() == 0
+    else:
+        assert running.wait() == 1
+    served = running.process.returncode == 0 and "cannot accept" not in running.output
+    assert served != ("Too many open files" in running.output)
