@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Measure filters under load: how much a message costs, in C and in Python.
 
-Subjects are the floor (a filter in C on libmilter), this project, pymilter 1.0.5 from PyPI, and
-this project with worker processes. In a round each subject's filter is started anew; then they
-take short turns, in another order each time, as a machine's speed changes from second to second.
-Figures are medians over all turns; ratios are medians of the ratios between turns that follow
-each other, so that what slows them all does not count.
+Subjects are the floor (a filter in C on libmilter), this project on its own engine and on
+libmilter, pymilter 1.0.5 from PyPI, and this project with worker processes; the workload
+`function` has its own, which are forms of one filter of whole messages. In a round each
+subject's filter is started anew; then they take short turns, in another order each time, as a
+machine's speed changes from second to second. Figures are medians over all turns; ratios are
+medians of the ratios between turns that follow each other, so that what slows them all does not
+count.
 
 scripts/bench makes the environments and calls this.
 """
@@ -17,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -36,6 +39,7 @@ from measuring import (
     Workload,
     allow_many_files,
     build,
+    has_engine,
     has_workers,
     measure,
     running,
@@ -50,6 +54,9 @@ from reporting import (
     update_docs,
 )
 
+USUAL = "floor,floor-nodelay,native,ours,pymilter,workers,native-workers,pinned"
+FORMS = "whole,no-body,at-rcpt,base-rcpt"
+SUBJECT = "NAME=PYTHON[,workers=N][,engine=E]"
 TRIES = 3  # for a measurement that other processes disturb
 PARSE_ADDRESSES = 10  # what the regular expression of filters/parse.py finds in a message
 
@@ -65,6 +72,10 @@ def workloads(load: Path) -> list[Workload]:
     big = 20 * 1000 * 1000
     return [
         *(
+            Workload("churn", "noop", connections=connections, load={"per_connection": 1})
+            for connections in (16, 64)
+        ),
+        *(
             Workload("noop", "noop", transport, connections)
             for transport in ("unix", "tcp")
             for connections in (1, 4, 16, 64, 256)
@@ -79,16 +90,28 @@ def workloads(load: Path) -> list[Workload]:
             )
             for connections in (1, 4, 16)
         ),
-        Workload("block", "block", connections=32),
+        *(Workload("block", "block", connections=connections) for connections in (32, 128)),
         Workload("big", "big", connections=4, load={"body": big, "value": big}, stretch=2),
-        Workload("churn", "noop", connections=16, load={"per_connection": 1}),
+        Workload("async", "coroutine", connections=16, subjects=("coroutines",)),
+        Workload("async", "waiting", connections=1000, subjects=("coroutines",), stretch=10),
         Workload("idle", "noop", connections=1000, memory=True),
+        *(
+            Workload(
+                "function",
+                "function",
+                connections=connections,
+                load={"field": "", "verdict": "a"},
+                subjects=("forms",),
+            )
+            for connections in (1, 16)
+        ),
     ]
 
 
 QUICK_KEYS = {
     *("noop/unix/1", "noop/unix/16", "noop/unix/64", "noop/tcp/1", "noop/tcp/16"),
-    *("parse/unix/4", "block/unix/32", "big/unix/4", "churn/unix/16", "idle/unix/1000"),
+    *("parse/unix/4", "block/unix/32", "big/unix/4", "churn/unix/16", "churn/unix/64"),
+    *("idle/unix/1000", "function/unix/1"),
 }
 
 
@@ -109,12 +132,12 @@ def interpreter(text: str) -> str:
 
 
 def parse_subject(text: str) -> Subject:
-    """``NAME=PYTHON`` or ``NAME=PYTHON,workers=N``."""
-    name, _, rest = text.partition("=")
-    python, _, workers = rest.partition(",workers=")
-    if not name or not python or (workers and not workers.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PYTHON[,workers=N]")
-    return Subject(name, interpreter(python), int(workers) if workers else None)
+    """``NAME=PYTHON[,workers=N][,engine=E]``."""
+    found = re.fullmatch(r"([^=]+)=([^,]+)(?:,workers=(\d+))?(?:,engine=(\w+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {SUBJECT}")
+    name, python, workers, engine = found.groups()
+    return Subject(name, interpreter(python), int(workers) if workers else None, engine=engine)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -130,15 +153,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, help="length of a turn (0.4; quick: 0.3)")
     add(
         "--subjects",
-        default="floor,ours,pymilter,workers,pinned",
-        help="which of the usual subjects take part (all: floor,ours,pymilter,workers,pinned)",
+        default=f"{USUAL},{FORMS}",
+        help=f"which of the usual subjects take part (all: {USUAL},{FORMS})",
     )
     add(
         "--subject",
         type=parse_subject,
         action="append",
         default=[],
-        metavar="NAME=PYTHON[,workers=N]",
+        metavar=SUBJECT,
         help="a further subject: an interpreter that has a pymilter; may be given again",
     )
     add(
@@ -188,10 +211,14 @@ def choose_subjects(chosen: argparse.Namespace) -> list[Subject]:
     """The subjects that the command line asks for."""
     known = {
         "floor": Subject("floor"),
+        "floor-nodelay": Subject("floor-nodelay", nodelay=True),
+        "native": Subject("native", chosen.ours, engine="native"),
         "ours": Subject("ours", chosen.ours),
         "pymilter": Subject("pymilter", chosen.pymilter),
         "workers": Subject("workers", chosen.ours, workers=2),
+        "native-workers": Subject("native-workers", chosen.ours, workers=2, engine="native"),
         "pinned": Subject("pinned", chosen.ours, workers=2, pinned=True),
+        **{form: Subject(form, chosen.ours, form=form) for form in FORMS.split(",")},
     }
     names = [name for name in chosen.subjects.split(",") if name]
     for name in names:
@@ -328,10 +355,13 @@ def describe_samples(samples: list[dict[str, Any]], calm: float) -> str:
 
 def able(subject: Subject) -> bool:
     """Whether the subject can run as it is meant to; says so where it cannot."""
-    if subject.workers is None or has_workers(str(subject.python)):
-        return True
-    say(f"{subject.name} is left out: its runmilter() has no workers")
-    return False
+    if subject.workers is not None and not has_workers(str(subject.python)):
+        say(f"{subject.name} is left out: its runmilter() has no workers")
+        return False
+    if subject.engine is not None and not has_engine(subject):
+        say(f"{subject.name} is left out: its milter has no set_engine()")
+        return False
+    return True
 
 
 def run(chosen: argparse.Namespace) -> dict[str, Any]:

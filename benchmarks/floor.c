@@ -4,17 +4,21 @@
  * Every callback is set, and each message gets one header.  What a binding for another language
  * takes beyond this is the cost of the binding.
  *
- * usage: floor SOCKET [--count-body] [--block-ms N]
+ * usage: floor SOCKET [--count-body] [--block-ms N] [--nodelay]
  *
  *   --count-body   the header tells the length of the body
  *   --block-ms N   MAIL takes N milliseconds, in which nothing is computed
+ *   --nodelay      connections have TCP_NODELAY
  */
 
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/types.h>
 #include <time.h>
 
@@ -25,6 +29,7 @@
 #define SECONDS 600 /* for the MTA to answer */
 
 static bool count_body;
+static bool nodelay;
 static long block_ms;
 
 /* What a connection has of its own, as a binding has at the least. */
@@ -192,6 +197,9 @@ parse_options(int count, char **arguments)
         else if (strcmp(arguments[i], "--block-ms") == 0 && i + 1 < count) {
             block_ms = strtol(arguments[++i], NULL, 10);
         }
+        else if (strcmp(arguments[i], "--nodelay") == 0) {
+            nodelay = true;
+        }
         else {
             fprintf(stderr, "floor: unknown argument: %s\n", arguments[i]);
             exit(2);
@@ -199,17 +207,37 @@ parse_options(int count, char **arguments)
     }
 }
 
+/* Connections inherit TCP_NODELAY of the socket that accepts them; libmilter, which keeps that one
+ * to itself, does not set it. */
+static bool
+set_nodelay(void)
+{
+    for (int fd = 3; fd < 256; fd++) {
+        int listens = 0;
+        socklen_t size = sizeof listens;
+
+        if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) == 0 && listens) {
+            return setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int)) == 0;
+        }
+    }
+    return false;
+}
+
 int
 main(int count, char **arguments)
 {
     if (count < 2) {
-        fputs("usage: floor SOCKET [--count-body] [--block-ms N]\n", stderr);
+        fputs("usage: floor SOCKET [--count-body] [--block-ms N] [--nodelay]\n", stderr);
         return 2;
     }
     parse_options(count, arguments);
     if (smfi_setconn(arguments[1]) != MI_SUCCESS || smfi_settimeout(SECONDS) != MI_SUCCESS ||
         smfi_register(description) != MI_SUCCESS || smfi_opensocket(true) != MI_SUCCESS) {
         fprintf(stderr, "floor: cannot listen on %s\n", arguments[1]);
+        return 1;
+    }
+    if (nodelay && !set_nodelay()) {
+        fputs("floor: cannot set TCP_NODELAY\n", stderr);
         return 1;
     }
     return smfi_main() == MI_SUCCESS ? 0 : 1;

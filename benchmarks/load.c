@@ -36,6 +36,8 @@
 
 #include <libmilter/mfdef.h>
 
+#include "packets.h"
+
 #define VERSION 6
 #define NANO 1000000000LL
 #define TICK (NANO / 10) /* how often it is looked whether a connection has stalled */
@@ -262,9 +264,7 @@ begin_command(struct packet *packet, char command)
 static void
 end_command(struct packet *packet)
 {
-    uint32_t length = htonl((uint32_t)(packet->length - packet->begin - 4));
-
-    memcpy(packet->data + packet->begin, &length, sizeof length);
+    write_length(packet->data + packet->begin, packet->length - packet->begin - LENGTH_BYTES);
 }
 
 /* Macros for a command: pairs of name and value up to a NULL.  Returns where the queue ID is. */
@@ -1056,19 +1056,17 @@ take_packets(struct connection *connection)
 {
     size_t at = 0;
 
-    while (connection->phase != GONE && connection->received - at >= MILTER_LEN_BYTES) {
-        uint32_t length;
+    while (connection->phase != GONE && connection->received - at >= LENGTH_BYTES) {
+        size_t length = read_length(connection->in + at);
 
-        memcpy(&length, connection->in + at, sizeof length);
-        length = ntohl(length);
-        if (length == 0 || length > MAX_REPLY - MILTER_LEN_BYTES - 1) {
-            fail(connection, "a packet of %u bytes", length);
+        if (length == 0 || length > MAX_REPLY - LENGTH_BYTES - 1) {
+            fail(connection, "a packet of %zu bytes", length);
             return;
         }
-        if (connection->received - at - MILTER_LEN_BYTES < length) {
+        if (connection->received - at - LENGTH_BYTES < length) {
             break;
         }
-        at += MILTER_LEN_BYTES;
+        at += LENGTH_BYTES;
         take_packet(connection, (char)connection->in[at], connection->in + at + 1, length - 1);
         at += length;
     }

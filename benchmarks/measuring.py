@@ -37,23 +37,35 @@ class Subject:
 
     ``python``: the interpreter that has the package; None for the floor in C.
     ``workers``: the processes to ask for, None for an ordinary filter.  ``pinned``: each of these
-    keeps to a core.
+    keeps to a core.  ``engine``: who speaks to the MTA, None for what is usual.  ``nodelay``: the
+    floor with TCP_NODELAY, which libmilter does not set.  ``form``: which form of its filter the
+    workload is measured with, for workloads that compare such forms.
     """
 
     name: str
     python: str | None = None
     workers: int | None = None
     pinned: bool = False
+    engine: str | None = None
+    nodelay: bool = False
+    form: str | None = None
 
     def command(self, filter_name: str, address: str, floor: Path) -> list[str]:
         """The filter of that name as a command line."""
         if self.python is None:
             extra = {"big": ["--count-body"], "block": ["--block-ms", "50"]}.get(filter_name, [])
-            return [str(floor), address, *extra]
+            return [str(floor), address, *extra, *["--nodelay"][: self.nodelay]]
         command = [self.python, str(HERE / "filters" / f"{filter_name}.py"), address]
         if self.workers is not None:
             command += ["--workers", str(self.workers)]
+        if self.form is not None:
+            command += ["--form", self.form]
         return [*command, "--pin"] if self.pinned else command
+
+    def environment(self) -> dict[str, str]:
+        """What its filter finds in its environment."""
+        inherited = {name: text for name, text in os.environ.items() if name != "PYMILTER_ENGINE"}
+        return inherited if self.engine is None else {**inherited, "PYMILTER_ENGINE": self.engine}
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,15 @@ class Workload:
 
     def suits(self, subject: Subject) -> bool:
         """Whether the subject takes part; more processes only where that is the point."""
+        if subject.nodelay and self.transport != "tcp":
+            return False
+        if subject.form is not None or "forms" in self.subjects:
+            return subject.form is not None and "forms" in self.subjects
         if subject.python is None:
             return "floor" in self.subjects
-        if subject.workers is not None and subject.name in ("workers", "pinned"):
+        if "coroutines" in self.subjects:
+            return subject.workers is None and subject.name != "pymilter"
+        if subject.workers is not None and subject.name in ("workers", "pinned", "native-workers"):
             return "workers" in self.subjects
         return "python" in self.subjects
 
@@ -120,7 +138,8 @@ def build(directory: Path) -> tuple[Path, Path]:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     for name in ("load", "floor"):
         source, program = HERE / f"{name}.c", directory / name
-        if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
+        newest = max(path.stat().st_mtime for path in (source, HERE / "packets.h"))
+        if program.exists() and program.stat().st_mtime > newest:
             continue
         fresh = directory / f"{name}.{os.getpid()}"
         command = [*compiler, *FLAGS, *libmilter_flags(), str(source), "-o", str(fresh), "-lmilter"]
@@ -138,6 +157,13 @@ def has_workers(python: str) -> bool:
         "sys.exit('workers' not in inspect.signature(Milter.runmilter).parameters)"
     )
     return subprocess.run([python, "-c", program], cwd="/", check=False).returncode == 0
+
+
+def has_engine(subject: Subject) -> bool:
+    """Whether that interpreter's pymilter serves by the engine that the subject asks for."""
+    program = "import milter, sys; sys.exit(not hasattr(milter, 'set_engine'))"
+    assert subject.python is not None
+    return subprocess.run([subject.python, "-c", program], cwd="/", check=False).returncode == 0
 
 
 # --- a filter ---------------------------------------------------------------------------------
@@ -184,13 +210,16 @@ def descendants(parent: int) -> list[int]:
 class Filter:
     """A filter that runs, and listens at ``address``."""
 
-    def __init__(self, command: list[str], address: str, log: Path) -> None:
+    def __init__(
+        self, command: list[str], address: str, log: Path, environment: dict[str, str]
+    ) -> None:
         self.address = address
         self._log = log
         with log.open("wb") as stream:
             self._process = subprocess.Popen(
                 command,
                 cwd=log.parent,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -240,7 +269,7 @@ def running(subject: Subject, workload: Workload, floor: Path, work: Path) -> It
     unix = workload.transport == "unix"
     address = f"unix:{path}" if unix else f"inet:{free_port()}@127.0.0.1"
     command = subject.command(workload.filter, address, floor)
-    served = Filter(command, address, work / f"{subject.name}.log")
+    served = Filter(command, address, work / f"{subject.name}.log", subject.environment())
     try:
         served.wait(1 if subject.workers is None else 1 + subject.workers)
         yield served

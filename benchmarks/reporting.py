@@ -105,6 +105,7 @@ LOAD_HEAD = [
     *("workload", "socket", "conn", "subject", "msg/s", "/floor", "/pymilter"),
     *("p50 ms", "p99 ms", "max ms", "CPU us/callback", "load's CPU", "least:most"),
 ]
+FORM_HEAD = ["connections", "asked", "steps a message", "CPU us a message", "of the first", "msg/s"]
 MEMORY_HEAD = ["idle filter", "RSS MB", "PSS MB", "per idle connection: RSS kB", "PSS kB"]
 
 
@@ -113,6 +114,8 @@ def load_rows(results: Results) -> list[Row]:
     rows = []
     for key, subjects in results["samples"].items():
         name, transport, connections = key.split("/")
+        if name == "function":
+            continue  # has a table of its own: these subjects do not answer the same callbacks
         for subject in results["subjects"]:
             if subject not in subjects or median(results, key, subject, "rate") is None:
                 continue
@@ -129,6 +132,33 @@ def load_rows(results: Results) -> list[Row]:
                     shown(of("cpu_per_callback"), ",.1f"),
                     shown(of("own_share"), ".0%"),
                     f"{shown(of('least'), ',.0f')}:{shown(of('most'), ',.0f')}",
+                ]
+            )
+    return rows
+
+
+def form_rows(results: Results) -> list[Row]:
+    """A row for each form of the filter of whole messages: what a message costs."""
+    rows = []
+    for key, subjects in results["samples"].items():
+        name, _, connections = key.split("/")
+        if name != "function":
+            continue
+        able = [one for one in results["subjects"] if one in subjects]
+        costs = {
+            subject: {
+                number: sample["cpu_per_callback"] * sample["steps"]
+                for number, sample in subjects[subject].items()
+            }
+            for subject in able
+        }
+        for subject in able:
+            rows.append(
+                [
+                    *(connections, subject, shown(median(results, key, subject, "steps"), ".0f")),
+                    shown(statistics.median(costs[subject].values()), ",.0f"),
+                    shown(median_ratio(costs[subject], costs[able[0]]), ".2f"),
+                    shown(median(results, key, subject, "rate"), ",.0f"),
                 ]
             )
     return rows
@@ -181,6 +211,89 @@ def _compared(results: Results, subject: str, transport: str, name: str) -> dict
     return values(results, f"noop/{transport}/1", subject, name)
 
 
+def native_goals(results: Results) -> list[Goal]:
+    """What our own engine promises, against libmilter in C."""
+
+    def goal(text: str, limit: float, key: str, floor: str = "floor") -> Goal:
+        return Goal(f"native, {text}", limit, ratio(results, key, "rate", "native", floor))
+
+    def cost(other: str) -> float | None:
+        return ratio(results, "churn/unix/16", "cpu_per_callback", "native", other)
+
+    lasting = ((1, 1.0), (16, 1.1), (64, 1.4), (256, 1.3))
+    return [
+        *(
+            goal(
+                f"a connection for each message, {count}: messages/s of the floor's",
+                limit,
+                f"churn/unix/{count}",
+            )
+            for count, limit in ((16, 1.4), (64, 1.5))
+        ),
+        *(
+            Goal(
+                f"native, a connection for each message, 16: CPU time of {what}",
+                limit,
+                cost(other),
+                at_least=False,
+            )
+            for other, what, limit in (
+                ("floor", "the floor's", 0.6),
+                ("ours", "the same on libmilter", 0.4),
+            )
+        ),
+        *(
+            goal(
+                f"no-op, unix, {plural(count)}: messages/s of the floor's",
+                limit,
+                f"noop/unix/{count}",
+            )
+            for count, limit in lasting
+        ),
+        *(
+            goal(
+                f"no-op, TCP, {plural(count)}: messages/s of the floor's with TCP_NODELAY",
+                limit,
+                f"noop/tcp/{count}",
+                "floor-nodelay",
+            )
+            for count, limit in lasting
+        ),
+        goal("no-op, TCP, 1 connection: messages/s of the floor's", 20.0, "noop/tcp/1"),
+        goal("20 MB bodies: messages/s of the floor's", 1.0, "big/unix/4"),
+        *(
+            goal(
+                f"blocking, {count} connections: messages/s of the floor's",
+                0.95,
+                f"block/unix/{count}",
+            )
+            for count in (32, 128)
+        ),
+        Goal(
+            "native, parse, 2 workers, 4 connections: messages/s of pymilter's",
+            1.8,
+            ratio(results, "parse/unix/4", "rate", "native-workers", "pymilter"),
+        ),
+        *(
+            Goal(
+                f"native, {what} of that on libmilter",
+                1.0,
+                ratio(results, "idle/unix/1000", name, "native", "ours"),
+                at_least=False,
+            )
+            for what, name in (
+                ("idle filter: PSS", "pss"),
+                ("each of 1,000 idle connections: PSS", "pss_per_connection"),
+            )
+        ),
+    ]
+
+
+def plural(count: int) -> str:
+    """``1 connection``, ``2 connections``."""
+    return f"{count} connection{'s' * (count > 1)}"
+
+
 def evaluate_goals(results: Results) -> list[Goal]:
     """What this project promises, against what was measured."""
 
@@ -191,12 +304,15 @@ def evaluate_goals(results: Results) -> list[Goal]:
         return ratio(results, key, name, "ours", "pymilter")
 
     goals = [
-        Goal(
-            f"no-op, unix, {count} connection{'s' * (count > 1)}: messages/s of the floor's",
-            0.8 if count == 256 else 0.9,
-            speed(f"noop/unix/{count}", "ours", "floor"),
-        )
-        for count in (1, 16, 64, 256)
+        *native_goals(results),
+        *(
+            Goal(
+                f"no-op, unix, {plural(count)}: messages/s of the floor's",
+                0.8 if count == 256 else 0.9,
+                speed(f"noop/unix/{count}", "ours", "floor"),
+            )
+            for count in (1, 16, 64, 256)
+        ),
     ]
     tcp = _compared(results, "ours", "tcp", "p50"), _compared(results, "ours", "unix", "p50")
     goals += [
@@ -231,8 +347,7 @@ def evaluate_goals(results: Results) -> list[Goal]:
         ),
         *(
             Goal(
-                f"parse, 1 process, {count} connection{'s' * (count > 1)}: "
-                "messages/s of pymilter's",
+                f"parse, 1 process, {plural(count)}: messages/s of pymilter's",
                 1.05,
                 speed(f"parse/unix/{count}", "ours", "pymilter"),
             )
@@ -300,6 +415,9 @@ def format_table(results: Results) -> str:
     rows = load_rows(results)
     if rows:
         parts.append(plain_table(LOAD_HEAD, rows, lambda place: place in (0, 1, 3)))
+    rows = form_rows(results)
+    if rows:
+        parts.append(plain_table(FORM_HEAD, rows, lambda place: place == 1))
     rows = memory_rows(results)
     if rows:
         parts.append(plain_table(MEMORY_HEAD, rows, lambda place: place == 0))
@@ -367,6 +485,12 @@ def page_section(results: Results, goals: Sequence[Goal]) -> str:
         "### Load",
         markdown_table(LOAD_HEAD, load_rows(results), lambda place: place in (0, 1, 3)),
     ]
+    forms = form_rows(results)
+    if forms:
+        parts += [
+            "### Functions of whole messages, by when they are asked",
+            markdown_table(FORM_HEAD, forms, lambda place: place == 1),
+        ]
     memory = memory_rows(results)
     if memory:
         parts += [
@@ -398,7 +522,16 @@ def update_docs(page: Path, results: Results, goals: Sequence[Goal]) -> None:
 
 # --- the plot ---------------------------------------------------------------------------------
 
-COLOURS = {"floor": "0.45", "ours": "C0", "pymilter": "C1", "workers": "C2", "pinned": "C3"}
+COLOURS = {
+    "floor": "0.45",
+    "floor-nodelay": "0.7",
+    "native": "C4",
+    "native-workers": "C5",
+    "ours": "C0",
+    "pymilter": "C1",
+    "workers": "C2",
+    "pinned": "C3",
+}
 
 
 def _series(results: Results, workload: str) -> dict[str, list[tuple[int, float]]]:

@@ -28,6 +28,8 @@
 
 #include <libmilter/mfdef.h>
 
+#include "packets.h"
+
 #define VERSION 6
 #define ALL_ACTIONS ((uint32_t)SMFI_CURR_ACTS)
 #define ROOM (128 * 1024) /* one command, or one answer */
@@ -121,11 +123,11 @@ put(struct client *client, const void *data, size_t length)
 static void
 put_packet(struct client *client, char command, const void *data, size_t length)
 {
-    uint32_t size = htonl((uint32_t)length + 1);
+    char head[HEAD_BYTES];
 
     client->last = command;
-    put(client, &size, sizeof size);
-    put(client, &command, 1);
+    write_head(head, command, length);
+    put(client, head, sizeof head);
     put(client, data, length);
 }
 
@@ -175,13 +177,14 @@ receive(struct client *client, void *data, size_t length)
 static char
 verdict(struct client *client)
 {
-    uint32_t size;
+    char head[LENGTH_BYTES];
 
     flush(client);
-    while (receive(client, &size, sizeof size)) {
-        size = ntohl(size);
+    while (receive(client, head, sizeof head)) {
+        size_t size = read_length(head);
+
         if (size == 0 || size > ROOM) {
-            fail(client, "an answer of %u bytes", size);
+            fail(client, "an answer of %zu bytes", size);
         }
         if (!receive(client, client->in, size)) {
             break;

@@ -24,7 +24,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 SLOW_SECONDS = 5
 LONGEST = 4096
-NAMES = ("mime", "zip", "html", "sgml", "header", "networks", "dns", "cache", "access", "config")
+NAMES = (
+    *("mime", "zip", "html", "xml", "sgml", "header", "networks", "dns", "cache", "access"),
+    "config",
+)
 
 
 def seeds(name: str) -> list[Path]:

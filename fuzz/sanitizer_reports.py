@@ -13,10 +13,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = "|".join(re.escape(path.stem) for path in [*ROOT.glob("*.c"), *ROOT.glob("src/*.c")])
-# A frame in the module: by its file's name, or by that of its sources, which valgrind names
-# without their directory.
-MODULE = re.compile(rf"\bmilter\.(?:cpython|abi3)[^/\s]*\.so|(?<![\w.-])(?:{SOURCES})\.c:\d+")
+SOURCES = [ROOT / "miltermodule.c", *ROOT.glob("src/**/*.c")]
+# CPython has files of these names too; what is in ours was called from another of our files.
+SHARED_NAMES = {"call.c", "context.c"}
+PATHS = "|".join(re.escape(path.relative_to(ROOT).as_posix()) for path in SOURCES)
+NAMES = "|".join(re.escape(path.name) for path in SOURCES if path.name not in SHARED_NAMES)
+# A frame in the module: by the module's file, or by a source's, which valgrind names without its
+# directory.
+MODULE = re.compile(
+    rf"\bmilter\.(?:cpython|abi3)[^/\s]*\.so|(?<![\w.-])(?:{PATHS}):\d+|(?<![\w./-])(?:{NAMES}):\d+"
+)
 # The C library's record of what to call when a thread ends: reached from thread-local storage only,
 # where LeakSanitizer does not look (see scripts/test-sanitizers).  And libmilter's copies of the
 # filter's name and of its socket, which it forgets at the next smfi_register() and smfi_setconn().
@@ -49,7 +55,7 @@ def main() -> int:
             elif report.strip():
                 kind = KIND.search(report)
                 others[kind[0] if kind else "other"] += 1
-    for report in list(ours.values())[:20]:
+    for report in list(ours.values())[:50]:
         print(report.strip()[:6000], end="\n\n")
     told = ", ".join(f"{count} {kind}" for kind, count in others.most_common(6)) or "none"
     print(f"{len(files)} files, {len(ours)} reports that name the module; others: {told}")

@@ -21,6 +21,21 @@ from typing import Any
 import mime
 from Milter import _esmtp, cache, config, dynip, policy, sgmllib, unsign, utils
 from Milter import dns as milter_dns
+from Milter._mime import html as mime_html
+from Milter._mime import limits
+from Milter._mime import xml as xml_reader
+from Milter.mta import (
+    CURRENT_ACTIONS,
+    Editor,
+    Message,
+    MTAError,
+    Negotiated,
+    Reply,
+    Stage,
+    Step,
+)
+from Milter.mta.commands import Command
+from Milter.mta.session import Session
 
 try:
     import html5lib  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -72,6 +87,27 @@ def _without_scripts(text: str) -> str:
     return out.getvalue()
 
 
+# Words that begin like event handlers, and are none of any browser's.
+_WORDS = frozenset(
+    (
+        "one",
+        "once",
+        "only",
+        "online",
+        "onto",
+        "ontology",
+        "ongoing",
+        "onward",
+        "onwards",
+        "onset",
+        "onsite",
+        "onion",
+        "onyx",
+        "onus",
+    )
+)
+
+
 def _what_runs(text: str, scripting: bool) -> list[str]:
     """What a browser would run of some HTML, as a parser sees it that goes by the standard."""
     parser = html5lib.HTMLParser(html5lib.getTreeBuilder("etree"), namespaceHTMLElements=False)
@@ -85,9 +121,29 @@ def _what_runs(text: str, scripting: bool) -> list[str]:
         for name, value in element.attrib.items():
             link = str(name) in ("href", "src", "action")
             scheme = "".join(c for c in value if c > " ").lower()
-            if re.fullmatch("on[a-z]+", str(name)) or (link and scheme.startswith("javascript:")):
+            handler = re.fullmatch("on[a-z]+", str(name)) and name not in _WORDS
+            if handler or (link and scheme.startswith("javascript:")):
                 runs.append(f"{name}={value}")
     return runs
+
+
+class _InternetExplorer(mime.SGMLFilter):
+    """Puts the content of conditional comments where the comments were."""
+
+    def handle_comment(self, comment: str) -> None:
+        start = re.match(r"\s*\[\s*if\b[^>]*>", comment, re.IGNORECASE)
+        if start is None:
+            super().handle_comment(comment)
+        else:
+            self.write(comment[start.end() :].partition("<![endif]")[0])
+
+
+def _as_internet_explorer(text: str) -> str:
+    out = io.StringIO()
+    parser = _InternetExplorer(out)
+    parser.feed(text)
+    parser.close()
+    return out.getvalue()
 
 
 def html(data: bytes) -> None:
@@ -96,10 +152,24 @@ def html(data: bytes) -> None:
     twice = _without_scripts(once)
     warning = mime.HTMLScriptFilter.msg
     assert twice.count(warning) <= once.count(warning), "a second pass found another script"
+    budget = limits.Budget()
+    checked = mime_html._filter_html(_text(data), budget)  # which leaves alone what it may
+    again = mime_html._filter_html(checked, budget)
+    assert again.count(warning) <= checked.count(warning), "a second check found another script"
     if html5lib is not None:
-        for scripting in (False, True):
-            runs = _what_runs(once, scripting)
-            assert not runs, f"a browser runs {runs}"
+        for text in (once, checked, _as_internet_explorer(checked)):
+            for scripting in (False, True):
+                runs = _what_runs(text, scripting)
+                assert not runs, f"a browser runs {runs}"
+
+
+def xml(data: bytes) -> None:
+    """What is left of XML does not run; what is packed can be anything."""
+    text = _text(data)
+    budget = limits.Budget()
+    xml_reader.inflate(b"\x1f\x8b" + data, budget)
+    with contextlib.suppress(mime.LimitExceeded):
+        assert not xml_reader.xml_runs(mime_html._filter_xml(text, budget), budget)
 
 
 class _Recorder(sgmllib.SGMLParser):
@@ -308,10 +378,49 @@ def config_file(data: bytes) -> None:
                     method(section, option)
 
 
+def _session_says(command: Command, steps: Step, pieces: list[bytes]) -> list[object]:
+    """The events of an MTA's session to which a filter answers these bytes, an error the last."""
+    session = Session()
+    session.negotiated = Negotiated(6, CURRENT_ACTIONS, steps)
+    session.send(command)
+    said: list[object] = []
+    try:
+        for piece in [*pieces, b""]:
+            session.receive(piece)
+            while True:
+                event = session.next_event()
+                if event is None:
+                    break
+                said.append(event)
+    except MTAError as exc:
+        # How much had come in by then depends on the pieces.
+        said.append((type(exc), exc.args[0]))
+    return said
+
+
+def mta_session(data: bytes) -> None:
+    """What a filter says means the same in whatever pieces it comes."""
+    stage = list(Stage)[data[0] % len(Stage)] if data else Stage.EOM
+    if stage in (Stage.NEGOTIATE, Stage.ABORT, Stage.QUIT, Stage.QUIT_NC):
+        stage = Stage.EOM
+    steps = Step.SKIP if data[1:2] > b"\x7f" else Step.NONE
+    said = data[2:]
+    bytewise = [said[place : place + 1] for place in range(len(said))]
+    at_once = _session_says(Command(stage), steps, [said] if said else [])
+    apart = _session_says(Command(stage), steps, bytewise)
+    # What goes on after an answer is noticed only where it comes with it.
+    shorter = min(len(at_once), len(apart)) - 1
+    assert at_once[:shorter] == apart[:shorter], "other events in other pieces"
+    for event in at_once:
+        if isinstance(event, Reply):
+            Editor(Message.parse(b"A: 1\n\nb\n")).apply(*event.modifications)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "mime": mime_message,
     "zip": zip_names,
     "html": html,
+    "xml": xml,
     "sgml": sgml,
     "header": header_values,
     "networks": networks,
@@ -319,4 +428,5 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "cache": cache_file,
     "access": access_map,
     "config": config_file,
+    "session": mta_session,
 }

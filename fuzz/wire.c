@@ -14,7 +14,17 @@
  * --first N --conversations 1 --trace.
  *
  * What libmilter itself does wrong (see SECURITY.md) is part of the model, or is left out where
- * it ends the process; --with-known-faults sends that too.
+ * it ends the process; --with-known-faults sends that too.  --native: the filter runs on our own
+ * engine, which differs as docs/internals.md declares.
+ *
+ * --orderly: well-formed ones in the order of an MTA, with aborts, further sessions and unknown
+ * commands where an MTA may send them.
+ *
+ * --answers FILE writes a line for each conversation, for fuzz/differential.py: its number, how it
+ * went (w well-formed, g the same and gone in the middle, m malformed, u left without reading all,
+ * s with an end of message that libmilter does not see, e to where our own engine ends it as
+ * declared), and a hash for each packet that came,
+ * which goes over that packet and all before it.
  */
 
 #define _GNU_SOURCE
@@ -37,7 +47,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_PACKET = 70000, MAX_OUT = 400000, MAX_FINDINGS = 20 };
+#include "../benchmarks/packets.h"
+
+enum { MAX_PACKET = 70000, MAX_OUT = 400000, MAX_FINDINGS = 20, MAX_HASHES = 4000 };
 
 static struct {
     const char *socket;
@@ -45,8 +57,11 @@ static struct {
     long first, conversations;
     int threads, timeout;
     double malformed; /* share of the conversations */
-    bool bare; /* the filter has no objects: see wire_filter.py */
+    bool bare;        /* the filter has no objects: see wire_filter.py */
     bool trace, known_faults;
+    bool orderly; /* what an MTA sends, and aborts */
+    bool native;  /* the filter is on our own engine */
+    FILE *answers;
 } options = {.conversations = 1000, .threads = 4, .timeout = 30};
 
 static atomic_long next_conversation, done, packets, known_doubled, known_silent, refused;
@@ -105,6 +120,8 @@ static const unsigned transitions[STATES] = {
 #define NR_BITS 0xFF080U
 #define FEATURES (SKIP | 0x800U | 0x100000U) /* SKIP, RCPT_REJ, HDR_LEADSPC */
 
+#define SMTP_STATES (TO(CONN) | TO(HELO) | TO(MAIL) | TO(RCPT) | TO(ENDM))
+
 static const unsigned no_reply_bit[STATES] = {
     [CONN] = 0x1000,  [HELO] = 0x2000, [MAIL] = 0x4000,  [RCPT] = 0x8000,  [DATA] = 0x10000,
     [UNKN] = 0x20000, [HDRS] = 0x80,   [EOHS] = 0x40000, [BODY] = NR_BODY,
@@ -114,21 +131,36 @@ static enum state
 state_of(char command)
 {
     switch (command) {
-    case 'O': return OPTS;
-    case 'C': return CONN;
-    case 'H': return HELO;
-    case 'M': return MAIL;
-    case 'R': return RCPT;
-    case 'T': return DATA;
-    case 'L': return HDRS;
-    case 'N': return EOHS;
-    case 'B': return BODY;
-    case 'E': return ENDM;
-    case 'Q': return QUIT;
-    case 'A': return ABRT;
-    case 'U': return UNKN;
-    case 'K': return Q_NC;
-    default: return IMPOSSIBLE;
+    case 'O':
+        return OPTS;
+    case 'C':
+        return CONN;
+    case 'H':
+        return HELO;
+    case 'M':
+        return MAIL;
+    case 'R':
+        return RCPT;
+    case 'T':
+        return DATA;
+    case 'L':
+        return HDRS;
+    case 'N':
+        return EOHS;
+    case 'B':
+        return BODY;
+    case 'E':
+        return ENDM;
+    case 'Q':
+        return QUIT;
+    case 'A':
+        return ABRT;
+    case 'U':
+        return UNKN;
+    case 'K':
+        return Q_NC;
+    default:
+        return IMPOSSIBLE;
     }
 }
 
@@ -144,21 +176,28 @@ enum debt { NO_DEBT, FOR_MESSAGE, FOR_CONNECTION };
 
 typedef struct {
     long number;
-    uint64_t random;
+    uint64_t random, random_cut; /* how it is cut depends on what the filter takes at a time */
     int fd;
     bool failed, over;
 
     enum state state;
     unsigned offered_actions, offered, wanted, actions;
     enum debt debt;
+    enum state before_unknown;
     bool reconnected; /* after QUIT_NC the module may not know what was agreed */
     bool in_message;  /* as the module counts it */
     bool opened;      /* a context exists: something was called back */
     bool honest;
-    int hostility; /* percent of the verdicts that are not CONTINUE */
-    int cut;       /* 0: packets whole, 1: pieces, 2: single bytes */
+    int hostility;  /* percent of the verdicts that are not CONTINUE */
+    int cut;        /* 0: packets whole, 1: pieces, 2: single bytes */
     char script[4]; /* verdicts of data, eoh, eom; whether abort raises */
     int actions_seen;
+
+    char how;       /* it went: see --answers */
+    bool deaf;      /* to what is not to be in the answers */
+    uint64_t heard; /* hash of all packets that came */
+    char hashes[MAX_HASHES * 9 + 1];
+    size_t hashes_size;
 
     unsigned char out[MAX_OUT];
     size_t out_size;
@@ -176,16 +215,35 @@ mix(uint64_t x)
 }
 
 static unsigned
+number_below(uint64_t *random, unsigned limit)
+{
+    *random = mix(*random);
+    return (unsigned)((*random >> 20) % limit);
+}
+
+static unsigned
 below(Conversation *c, unsigned limit)
 {
-    c->random = mix(c->random);
-    return (unsigned)((c->random >> 20) % limit);
+    return number_below(&c->random, limit);
 }
 
 static bool
 chance(Conversation *c, unsigned percent)
 {
     return below(c, 100) < percent;
+}
+
+/* Note a packet that came. */
+static void
+hear(Conversation *c, const unsigned char *packet, size_t size)
+{
+    for (size_t i = 0; i < size; i++) {
+        c->heard = (c->heard ^ packet[i]) * 0x100000001B3U;
+    }
+    c->heard = mix(c->heard ^ size);
+    if (c->hashes_size < MAX_HASHES * 9) {
+        c->hashes_size += (size_t)sprintf(c->hashes + c->hashes_size, " %08x", (unsigned)c->heard);
+    }
 }
 
 static void
@@ -285,7 +343,7 @@ flush_out(Conversation *c)
         ssize_t sent;
 
         if (c->cut == 1) {
-            size = 1 + below(c, left < 50 ? (unsigned)left : 50);
+            size = 1 + number_below(&c->random_cut, left < 50 ? (unsigned)left : 50);
         }
         else if (c->cut == 2 && at < 1000) {
             size = 1;
@@ -315,10 +373,9 @@ flush_out(Conversation *c)
 static void
 put_packet(Conversation *c, char command, const void *data, size_t size)
 {
-    uint32_t length = (uint32_t)size + 1;
     unsigned char *to;
 
-    if (c->out_size + size + 5 > sizeof c->out) {
+    if (c->out_size + size + HEAD_BYTES > sizeof c->out) {
         flush_out(c);
     }
     to = c->out + c->out_size;
@@ -326,15 +383,11 @@ put_packet(Conversation *c, char command, const void *data, size_t size)
         fprintf(stderr, "  > %c ", command);
         show("", data, size);
     }
-    to[0] = (unsigned char)(length >> 24);
-    to[1] = (unsigned char)(length >> 16);
-    to[2] = (unsigned char)(length >> 8);
-    to[3] = (unsigned char)length;
-    to[4] = (unsigned char)command;
+    write_head(to, command, size);
     if (size > 0) {
-        memcpy(to + 5, data, size);
+        memcpy(to + HEAD_BYTES, data, size);
     }
-    c->out_size += size + 5;
+    c->out_size += size + HEAD_BYTES;
     atomic_fetch_add_explicit(&packets, 1, memory_order_relaxed);
 }
 
@@ -345,20 +398,22 @@ get_packet(Conversation *c, size_t *size)
     for (;;) {
         const unsigned char *from = c->in + c->in_used;
         size_t have = c->in_size - c->in_used;
-        if (have >= 5) {
-            size_t length = (size_t)from[0] << 24 | (size_t)from[1] << 16 | (size_t)from[2] << 8 |
-                            (size_t)from[3];
+        if (have >= HEAD_BYTES) {
+            size_t length = read_length(from);
             if (length == 0 || length > 65536 + 1) {
                 finding(c, "a reply of %zu bytes", length);
                 return NULL;
             }
-            if (have >= 4 + length) {
-                c->in_used += 4 + length;
+            if (have >= LENGTH_BYTES + length) {
+                c->in_used += LENGTH_BYTES + length;
                 *size = length;
                 if (options.trace) {
-                    show("  < ", from + 4, length);
+                    show("  < ", from + LENGTH_BYTES, length);
                 }
-                return from + 4;
+                if (options.answers != NULL && !c->deaf) {
+                    hear(c, from + LENGTH_BYTES, length);
+                }
+                return from + LENGTH_BYTES;
             }
         }
         if (!receive(c)) {
@@ -487,12 +542,11 @@ why_bad_action(const Conversation *c, const unsigned char *packet, size_t size)
     second = text + strlen(text) + 1;
     if (strchr("him", (char)*packet)) {
         return count_nul((const unsigned char *)text, left) != 2 ? "not a name and a value"
-               : !is_field_name(text)                           ? "a bad field name"
-               : !is_folded(second)                             ? "a line break in a field"
-                                                                : NULL;
+               : !is_field_name(text)                            ? "a bad field name"
+               : !is_folded(second)                              ? "a line break in a field"
+                                                                 : NULL;
     }
-    if (count_nul((const unsigned char *)text, left) >
-        (strchr("e2", (char)*packet) ? 2U : 1U)) {
+    if (count_nul((const unsigned char *)text, left) > (strchr("e2", (char)*packet) ? 2U : 1U)) {
         return "too many texts";
     }
     if (*text == 0 || has_line_break(text)) {
@@ -578,9 +632,13 @@ judge(Conversation *c, enum state stage, char letter)
         switch (letter) {
         case 'a':
         case 'r':
-        case 't': answer = letter; break;
+        case 't':
+            answer = letter;
+            break;
         case 'R':
-        case 'T': answer = letter == 'R' ? 'r' : 't'; break;
+        case 'T':
+            answer = letter == 'R' ? 'r' : 't';
+            break;
         case 'd':
             answer = 'd';
             fault = stage == CONN || stage == HELO;
@@ -600,7 +658,8 @@ judge(Conversation *c, enum state stage, char letter)
             answer = 't';
             fault = true;
             break;
-        default: answer = 'c';
+        default:
+            answer = 'c';
         }
         if (silent && answer != 'n') {
             fault = fault || answer != 'c';
@@ -630,8 +689,7 @@ judge(Conversation *c, enum state stage, char letter)
 static void
 follow(Conversation *c, enum state stage, char answer)
 {
-    if (answer == 'a' ||
-        (strchr("rdt", answer) != NULL && stage != RCPT && stage != UNKN)) {
+    if (answer == 'a' || (strchr("rdt", answer) != NULL && stage != RCPT && stage != UNKN)) {
         c->state = HELO;
     }
 }
@@ -641,17 +699,32 @@ static void
 expect_end(Conversation *c, size_t size, char body_letter)
 {
     char answer;
+    bool deaf;
 
     if (size > 0) {
         answer = judge(c, BODY, body_letter);
-        if (answer == 'n') {
+        if (options.native) {
+            if (strchr("cns", answer) == NULL) { /* there is one answer to one packet */
+                expect(c, 'E', answer);
+                follow(c, ENDM, answer);
+                return;
+            }
+        }
+        else if (answer == 'n') {
             atomic_fetch_add(&known_silent, 1); /* libmilter: no eom, no answer */
+            c->how = 's';
             return;
         }
-        if (answer != 'c') {
+        else if (answer != 'c') {
             atomic_fetch_add(&known_doubled, 1); /* libmilter: answers twice */
             expect(c, 'E', answer);
+            deaf = c->deaf;
+            c->deaf = true;
+            if (answer == 's') {
+                c->how = 's'; /* no end of message either */
+            }
             expect(c, 'E', answer);
+            c->deaf = deaf;
             follow(c, ENDM, answer);
             return;
         }
@@ -677,27 +750,47 @@ say(Conversation *c, char command, const void *data, size_t size, char letter)
     if (next == IMPOSSIBLE) {
         return; /* macros */
     }
-    if (!(transitions[c->state] & TO(next))) {
+    if (next == Q_NC && !(transitions[c->state] & TO(next))) {
+        c->deaf =
+            true; /* libmilter drops it, and the session that follows; our own engine does not */
+    }
+    if (options.native && c->state == INIT) {
+        c->how = 'e'; /* libmilter goes on as after a negotiation */
+        c->over = true;
+        return;
+    }
+    if (!(transitions[c->state] & TO(next)) && !(next == Q_NC && options.native)) {
         if (c->state >= MAIL && c->state < ENDM) {
             end_message(c); /* by its abort callback */
         }
         c->state = HELO;
         if (!(transitions[HELO] & TO(next))) {
-            c->over = command == 'Q';
+            /* libmilter drops it without an answer, our own engine drops the connection. */
+            c->how = command != 'Q' && options.native ? 'e' : c->how;
+            c->over = command == 'Q' || options.native;
             return;
         }
     }
+    if (next == UNKN && c->state != UNKN) {
+        c->before_unknown = c->state;
+    }
     c->state = next;
     switch (next) {
-    case ABRT: end_message(c); return;
-    case QUIT: c->over = true; return;
+    case ABRT:
+        end_message(c);
+        return;
+    case QUIT:
+        c->over = true;
+        return;
     case Q_NC:
         end_message(c);
         c->debt = NO_DEBT;
         c->reconnected = true;
         memcpy(c->script, "cccc", 4); /* it went with the session */
         return;
-    case ENDM: expect_end(c, size, letter); return;
+    case ENDM:
+        expect_end(c, size, letter);
+        return;
     default:
         answer = judge(c, next, letter);
         if (answer != 'n') {
@@ -732,9 +825,10 @@ static size_t
 any_text(Conversation *c, unsigned char *to, unsigned longest)
 {
     static const char *const words[] = {
-        "\r\n",  "\n",        "\r",         "%",      "%s%n",    ":",      "<>",    "\xff", "\xc3\xa9",
-        "=?",    "utf-8?Q?",  "?=",         "\x80",   "@",       "..",     "\t",    " ",    "\\",
-        "\x1b[", "X-Fuzz: y", "\r\n.\r\n",  "\"",     "[::1]",   "\xf0\x9f\x93\xa7", ";",   "=",
+        "\r\n",     "\n", "\r",       "%",         "%s%n",      ":",  "<>",    "\xff",
+        "\xc3\xa9", "=?", "utf-8?Q?", "?=",        "\x80",      "@",  "..",    "\t",
+        " ",        "\\", "\x1b[",    "X-Fuzz: y", "\r\n.\r\n", "\"", "[::1]", "\xf0\x9f\x93\xa7",
+        ";",        "=",
     };
     unsigned wanted = below(c, 8) == 0 ? below(c, longest) : below(c, longest < 24 ? longest : 24);
     size_t size = 0;
@@ -945,7 +1039,9 @@ one_command(Conversation *c, char command)
         macros(c, command);
     }
     switch (command) {
-    case 'C': connect_info(c); break;
+    case 'C':
+        connect_info(c);
+        break;
     case 'H':
         letter = letter_for(c, HELO);
         size = put_text(c, data, 300, letter);
@@ -956,9 +1052,15 @@ one_command(Conversation *c, char command)
         size = put_text(c, data, 600, letter);
         say(c, 'U', data, size, letter);
         break;
-    case 'M': sender(c); break;
-    case 'R': recipient(c); break;
-    case 'L': header(c); break;
+    case 'M':
+        sender(c);
+        break;
+    case 'R':
+        recipient(c);
+        break;
+    case 'L':
+        header(c);
+        break;
     case 'B':
         letter = letter_for(c, BODY);
         size = any_chunk(c, chunk, letter);
@@ -972,10 +1074,17 @@ one_command(Conversation *c, char command)
         }
         say(c, 'E', chunk, size, letter);
         break;
-    case 'T': say(c, 'T', NULL, 0, c->script[0]); break;
-    case 'N': say(c, 'N', NULL, 0, c->script[1]); break;
-    case 'D': macros(c, "CHMRTENX"[below(c, 8)]); break;
-    default: say(c, command, NULL, 0, 'c');
+    case 'T':
+        say(c, 'T', NULL, 0, c->script[0]);
+        break;
+    case 'N':
+        say(c, 'N', NULL, 0, c->script[1]);
+        break;
+    case 'D':
+        macros(c, "CHMRTENX"[below(c, 8)]);
+        break;
+    default:
+        say(c, command, NULL, 0, 'c');
     }
     if (c->out_size > 0 && chance(c, 50)) {
         flush_out(c); /* otherwise it goes with what follows */
@@ -986,22 +1095,45 @@ one_command(Conversation *c, char command)
 static char
 natural(Conversation *c)
 {
-    switch (c->state) {
+    switch (c->state == UNKN ? c->before_unknown : c->state) {
     case OPTS:
-    case Q_NC: return 'C';
-    case CONN: return 'H';
+    case Q_NC:
+        return 'C';
+    case CONN:
+        return 'H';
     case HELO:
-    case ABRT: return 'M';
-    case MAIL: return 'R';
-    case RCPT: return chance(c, 40) && !c->honest ? 'R' : 'T';
-    case UNKN: return 'M';
-    case DATA: return 'L';
-    case HDRS: return chance(c, 60) && !c->honest ? 'L' : 'N';
-    case EOHS: return 'B';
-    case BODY: return chance(c, 30) && !c->honest ? 'B' : 'E';
-    case ENDM: return 'M';
-    default: return 'M';
+    case ABRT:
+        return 'M';
+    case MAIL:
+        return 'R';
+    case RCPT:
+        return chance(c, 40) && !c->honest ? 'R' : 'T';
+    case DATA:
+        return 'L';
+    case HDRS:
+        return chance(c, 60) && !c->honest ? 'L' : 'N';
+    case EOHS:
+        return 'B';
+    case BODY:
+        return chance(c, 30) && !c->honest ? 'B' : 'E';
+    case ENDM:
+        return 'M';
+    default:
+        return 'M';
     }
+}
+
+/* A command between others that an MTA may send there. */
+static char
+between(Conversation *c)
+{
+    if (in_message(c->state) && c->state != ENDM) {
+        return chance(c, 50) || !(TO(c->state) & SMTP_STATES) ? 'A' : 'U';
+    }
+    if (c->state == ENDM && chance(c, 30)) {
+        return 'K';
+    }
+    return TO(c->state) & SMTP_STATES ? 'U' : natural(c);
 }
 
 /* Nothing may come but the end. */
@@ -1025,17 +1157,27 @@ static void
 well_formed(Conversation *c)
 {
     static const char commands[] = "CHMRTLNBEAUKD";
-    unsigned disorder = c->honest ? 0 : (unsigned[]){0, 2, 10, 40}[below(c, 4)];
+    unsigned disorder = c->honest || options.orderly ? 0 : (unsigned[]){0, 2, 10, 40}[below(c, 4)];
     unsigned count = c->honest ? 40 : 4 + below(c, 30);
 
     c->hostility = (int[]){0, 3, 15, 40}[below(c, 4)];
     memcpy(c->script, "cccc", 4);
     /* Without a negotiation there is no filter object to call, and no MTA does so. */
-    if (c->honest || !options.bare || chance(c, 97)) {
+    if (c->honest || options.orderly || !options.bare || chance(c, 97)) {
         negotiate(c);
     }
     for (unsigned i = 0; i < count && !c->failed && !c->over; i++) {
         char command = chance(c, disorder) ? commands[below(c, sizeof commands - 1)] : natural(c);
+
+        if (options.orderly && !c->honest && chance(c, 4)) {
+            command = between(c);
+        }
+        /* libmilter loses track of the session where an unknown command comes elsewhere than among
+         * the commands of SMTP, or disorder follows. */
+        if (c->state == UNKN || (command == 'U' && !(TO(c->state) & SMTP_STATES)) ||
+            (command == 'A' && (!in_message(c->state) || c->state == ENDM))) {
+            command = natural(c);
+        }
         one_command(c, command);
         if (c->honest && c->state == ENDM) {
             break;
@@ -1045,6 +1187,7 @@ well_formed(Conversation *c)
         finding(c, "an honest message got %d changes where one was due", c->actions_seen);
     }
     if (c->failed || (!c->honest && chance(c, 10))) {
+        c->how = c->how == 'w' ? 'g' : c->how;
         return; /* gone without a word */
     }
     if (!c->over && (c->honest || chance(c, 70))) {
@@ -1087,22 +1230,43 @@ damage(Conversation *c, Packet *packet)
             packet->data[below(c, (unsigned)size)] = (unsigned char)below(c, 256);
         }
         break;
-    case 1: packet->size = size > 0 ? below(c, (unsigned)size) : 0; break;
+    case 1:
+        packet->size = size > 0 ? below(c, (unsigned)size) : 0;
+        break;
     case 2:
         while (packet->size < 250 && chance(c, 90)) {
             packet->data[packet->size++] = (unsigned char)below(c, 256);
         }
         break;
-    case 3: packet->command = (char)below(c, 256); break;
-    case 4: packet->size = 0; break;
+    case 3:
+        packet->command = (char)below(c, 256);
+        break;
+    case 4:
+        packet->size = 0;
+        break;
     case 5:
         for (size_t i = 0; i < size; i++) {
             packet->data[i] = packet->data[i] == 0 ? 'x' : packet->data[i];
         }
         break;
-    case 6: memset(packet->data, 0, size); break;
-    default: packet->command = "OCHMRTLNBEAUKQD"[below(c, 15)];
+    case 6:
+        memset(packet->data, 0, size);
+        break;
+    default:
+        packet->command = "OCHMRTLNBEAUKQD"[below(c, 15)];
     }
+}
+
+/* The command, or another one where libmilter would lose track of the session in silence: it drops
+ * QUIT_NC but after a message, an abort before all else and a client after an unknown command, and
+ * takes a sender after an unknown command for the first one. */
+static char
+expected_command(char command, char last)
+{
+    if (command == 'K' || (command == 'A' && (last == 0 || last == 'O'))) {
+        return 'T';
+    }
+    return command == 'U' && last != 'C' && last != 'H' ? 'H' : command;
 }
 
 static void
@@ -1111,7 +1275,9 @@ malformed(Conversation *c)
     static const Packet dialogue[] = {
         {'O', 12, "\0\0\0\6\0\0\1\xff\0\x1f\xff\xff"},
         {'D', 11, "Cj\0mx\0{i}\0c"},
-        {'C', 28, "client.example\0004\0\x19" "192.0.2.7"},
+        {'C', 28,
+         "client.example\0004\0\x19"
+         "192.0.2.7"},
         {'H', 7, "helo.c"},
         {'U', 7, "XBOGUS"},
         {'D', 8, "Mi\0004XyZ\0"},
@@ -1130,6 +1296,7 @@ malformed(Conversation *c)
     enum { STEPS = sizeof dialogue / sizeof *dialogue };
     unsigned wrong = 1 + below(c, 4), begin = chance(c, 90) ? 0 : below(c, STEPS);
     unsigned end = chance(c, 70) ? STEPS : below(c, STEPS + 1);
+    char last = 0;
     size_t size;
 
     for (unsigned i = begin; i < end; i++) {
@@ -1145,9 +1312,16 @@ malformed(Conversation *c)
             damage(c, &packet);
         }
         sane_macros(&packet);
+        if (!options.known_faults && packet.command == 'E') {
+            packet.size = 0;
+        }
+        if (!options.known_faults) {
+            packet.command = expected_command(packet.command, last);
+        }
+        last = packet.command == 'D' ? last : packet.command;
         if (chance(c, 2)) {
-            static const uint32_t lies[] = {0, 1, 65535, 65536, 65537, 1048577, 0x7FFFFFFF,
-                                            0x80000000, 0xFFFFFFFF};
+            static const uint32_t lies[] = {0,       1,          65535,      65536,     65537,
+                                            1048577, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF};
             uint32_t lie = lies[below(c, 9)];
             put_packet(c, packet.command, packet.data, packet.size);
             unsigned char *at = c->out + c->out_size - packet.size - 5;
@@ -1168,6 +1342,7 @@ malformed(Conversation *c)
         }
     }
     if (!flush_out(c) || chance(c, 20)) {
+        c->how = 'u';
         return;
     }
     shutdown(c->fd, SHUT_WR);
@@ -1184,8 +1359,10 @@ converse(Conversation *c, long number)
     c->out_size = c->in_size = c->in_used = 0;
     c->number = number;
     c->random = mix(options.seed * 0x2545F4914F6CDD1DU + (uint64_t)number);
+    c->random_cut = c->random;
     c->honest = number % 16 == 0;
     c->cut = chance(c, 12) ? 1 + (int)below(c, 2) : 0;
+    c->how = 'w';
     c->fd = open_connection();
     if (c->fd < 0) {
         finding(c, "cannot connect: %s", strerror(errno));
@@ -1193,12 +1370,18 @@ converse(Conversation *c, long number)
         return;
     }
     if (!c->honest && below(c, 1000) < (unsigned)(options.malformed * 1000)) {
+        c->how = 'm';
         malformed(c);
     }
     else {
         well_formed(c);
     }
     close(c->fd);
+    if (options.answers != NULL) {
+        pthread_mutex_lock(&print_lock);
+        fprintf(options.answers, "%ld %c%s\n", number, c->how, c->hashes);
+        pthread_mutex_unlock(&print_lock);
+    }
 }
 
 static void *
@@ -1208,9 +1391,8 @@ worker(void *unused)
     long number;
 
     (void)unused;
-    while (!atomic_load(&give_up) &&
-           (number = atomic_fetch_add(&next_conversation, 1)) <
-               options.first + options.conversations) {
+    while (!atomic_load(&give_up) && (number = atomic_fetch_add(&next_conversation, 1)) <
+                                         options.first + options.conversations) {
         converse(c, number);
         atomic_fetch_add(&done, 1);
     }
@@ -1245,28 +1427,67 @@ report_progress(void *began)
 int
 main(int argc, char **argv)
 {
-    static const struct option names[] = {
-        {"seed", required_argument, NULL, 's'},      {"first", required_argument, NULL, 'f'},
-        {"conversations", required_argument, NULL, 'n'}, {"threads", required_argument, NULL, 'j'},
-        {"malformed", required_argument, NULL, 'm'}, {"timeout", required_argument, NULL, 't'},
-        {"bare", no_argument, NULL, 'b'}, {"trace", no_argument, NULL, 'x'},           {"with-known-faults", no_argument, NULL, 'k'},
-        {NULL, 0, NULL, 0}};
+    static const struct option names[] = {{"seed", required_argument, NULL, 's'},
+                                          {"first", required_argument, NULL, 'f'},
+                                          {"conversations", required_argument, NULL, 'n'},
+                                          {"threads", required_argument, NULL, 'j'},
+                                          {"malformed", required_argument, NULL, 'm'},
+                                          {"timeout", required_argument, NULL, 't'},
+                                          {"bare", no_argument, NULL, 'b'},
+                                          {"trace", no_argument, NULL, 'x'},
+                                          {"with-known-faults", no_argument, NULL, 'k'},
+                                          {"native", no_argument, NULL, 'N'},
+                                          {"orderly", no_argument, NULL, 'o'},
+                                          {"answers", required_argument, NULL, 'a'},
+                                          {NULL, 0, NULL, 0}};
     int option;
     double began = now(), seconds;
     pthread_t *threads, progress;
 
     while ((option = getopt_long(argc, argv, "", names, NULL)) >= 0) {
         switch (option) {
-        case 's': options.seed = strtoull(optarg, NULL, 0); break;
-        case 'f': options.first = atol(optarg); break;
-        case 'n': options.conversations = atol(optarg); break;
-        case 'j': options.threads = atoi(optarg); break;
-        case 'm': options.malformed = atof(optarg); break;
-        case 't': options.timeout = atoi(optarg); break;
-        case 'b': options.bare = true; break;
-        case 'x': options.trace = true; break;
-        case 'k': options.known_faults = true; break;
-        default: return 2;
+        case 's':
+            options.seed = strtoull(optarg, NULL, 0);
+            break;
+        case 'f':
+            options.first = atol(optarg);
+            break;
+        case 'n':
+            options.conversations = atol(optarg);
+            break;
+        case 'j':
+            options.threads = atoi(optarg);
+            break;
+        case 'm':
+            options.malformed = atof(optarg);
+            break;
+        case 't':
+            options.timeout = atoi(optarg);
+            break;
+        case 'b':
+            options.bare = true;
+            break;
+        case 'x':
+            options.trace = true;
+            break;
+        case 'k':
+            options.known_faults = true;
+            break;
+        case 'N':
+            options.native = true;
+            break;
+        case 'o':
+            options.orderly = true;
+            break;
+        case 'a':
+            options.answers = fopen(optarg, "w");
+            if (options.answers == NULL) {
+                perror(optarg);
+                return 2;
+            }
+            break;
+        default:
+            return 2;
         }
     }
     if (optind != argc - 1 || options.threads < 1) {
@@ -1291,5 +1512,9 @@ main(int argc, char **argv)
            atomic_load(&done), atomic_load(&packets), seconds, (double)atomic_load(&done) / seconds,
            atomic_load(&refused), atomic_load(&known_doubled), atomic_load(&known_silent),
            atomic_load(&findings));
+    if (options.answers != NULL && fclose(options.answers) != 0) {
+        perror("--answers");
+        return 2;
+    }
     return atomic_load(&findings) > 0;
 }

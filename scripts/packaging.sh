@@ -23,7 +23,14 @@ source_epoch() {
     if [ -e .git ]; then git log -1 --format=%ct; else stat -c %Y CHANGELOG.md; fi
 }
 
-# logged LOG COMMAND...: quiet unless it fails; then the end of what it wrote.
+# unserved LOG: the files that apt or debootstrap asked a mirror for in vain, without its host.
+unserved() {
+    sed -nE "s#^[EW]: (Failed to fetch|Couldn't download package [^ ]+ \(ver [^ ]+ at|\
+Failed getting release file|Invalid Release file.*at) +[a-z]+://[^/ ]+(/[^ )]*).*#\2#p" "$1" | sort -u
+}
+
+# logged LOG COMMAND...: quiet unless it fails; then the end of what it wrote, and what it was not
+# given.
 logged() {
     local log=$1
     shift
@@ -31,7 +38,10 @@ logged() {
     ("$@") </dev/null >"$log" 2>&1 &
     if ! wait "$!"; then
         tail -n 60 "$log" >&2
-        die "failed: $* (the whole of it: $log)"
+        local lacking
+        lacking=$(unserved "$log")
+        [ -z "$lacking" ] || lacking=$'\nthe mirror did not serve:\n'$lacking
+        die "failed: $* (the whole of it: $log)$lacking"
     fi
 }
 
@@ -52,7 +62,7 @@ mirror() {
 
 # base_tree SUITE: the archive $trees/SUITE.tar of a minimal system, made where it is not there.
 base_tree() {
-    local suite=$1 archive=$trees/$1.tar work uri
+    local suite=$1 archive=$trees/$1.tar work uri script=()
     [ ! -f "$archive" ] || return 0
     [ "$(id -u)" -eq 0 ] || die "only root can make a tree of $suite"
     ensure_command debootstrap debootstrap
@@ -69,8 +79,10 @@ base_tree() {
     mkdir -p "$trees"
     work=$trees/$suite.new
     rm -rf "$work"
-    logged "$trees/$suite.log" \
-        debootstrap --variant=minbase --include=ca-certificates "$suite" "$work" "$uri"
+    # A suite that is younger than this system's debootstrap is made as sid is.
+    [ -e "/usr/share/debootstrap/scripts/$suite" ] || script=(/usr/share/debootstrap/scripts/sid)
+    logged "$trees/$suite.log" debootstrap --variant=minbase --include=ca-certificates \
+        "$suite" "$work" "$uri" "${script[@]}"
     adopt_host "$work"
     tar -C "$work" -cf "$archive.new" .
     mv "$archive.new" "$archive"

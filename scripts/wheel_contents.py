@@ -18,6 +18,8 @@ WANTED = {
     "its licence": r"pymilter-[^/]+\.dist-info/licenses/LICENSE\.libmilter",
     "the licence": r"pymilter-[^/]+\.dist-info/licenses/COPYING",
     "the module": r"milter\.[^/]*\.so",
+    "the MTA's side": r"Milter/mta/__init__\.py",
+    "the commands": r"Milter/_cli/__init__\.py",
 }
 EXPRESSION = "License-Expression: GPL-2.0-or-later AND Sendmail-8.23"
 

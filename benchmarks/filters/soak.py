@@ -102,8 +102,8 @@ class Counter(logging.Handler):
 def tell() -> None:
     """Answer the lines on standard input."""
     for _ in sys.stdin:
-        created, deleted, in_progress, inside = milter.getdiag()
-        print(json.dumps([created, deleted, in_progress, inside, Counter.reported]), flush=True)
+        diag = milter.getdiag()
+        print(json.dumps([*diag, diag.messages, diag.inside, Counter.reported]), flush=True)
     Milter.stop()
 
 

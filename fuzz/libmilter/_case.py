@@ -1,4 +1,4 @@
-"""What the cases share: a filter in a process of its own, and packets to it."""
+"""What the cases share: a filter in a process of its own, and packets to it, on each engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from Milter.mta import MTA
+from Milter.mta import MTA, FilterClosed, FilterTimeout
 
 FILTER = """
 import sys, milter
@@ -21,6 +21,26 @@ milter.setconn(sys.argv[1])
 milter.main()
 """
 WAIT = 20.0
+ENGINES = ("libmilter", "native")
+
+
+def judge(look: Callable[[], tuple[bool, str]]) -> int:
+    """Look for a fault on the engines that the command line names, by default on both.
+
+    Args:
+        look: whether the fault is there on the engine of PYMILTER_ENGINE, and what was seen.
+
+    Returns:
+        The exit status: 1 where our own engine has the fault, or where libmilter was looked at
+        and has it no longer; else 0.
+    """
+    status = 0
+    for engine in sys.argv[1:] or ENGINES:
+        os.environ["PYMILTER_ENGINE"] = engine
+        there, seen = look()
+        print(f"{engine}: {'the fault is there' if there else 'no fault'}: {seen}", flush=True)
+        status |= there != (engine == "libmilter")
+    return status
 
 
 class Case:
@@ -34,13 +54,16 @@ class Case:
     def send(self, command: bytes, data: bytes = b"") -> None:
         self.mta.send_packet(command, data)
 
-    def answers(self, until: float = 2.0) -> list[bytes]:
-        """The answers that come until none has come for so many seconds."""
-        found = []
-        self.mta.timeout = until
-        with contextlib.suppress(Exception):
+    def answers(self) -> list[str]:
+        """The answers that come within 2 s, and half a second after each other, or "closed"."""
+        found: list[str] = []
+        try:
             while True:
-                found.append(self.mta.read_packet().command)
+                found.append(self.mta.read_packet(0.5 if found else 2.0).command.decode())
+        except FilterTimeout:
+            pass
+        except FilterClosed:
+            found.append("closed")
         return found
 
 
@@ -53,7 +76,7 @@ def case(body: str, **environment: str) -> Iterator[Case]:
             env={**os.environ, **environment},
         )
         try:
-            with MTA.connect(name, wait_for=WAIT, timeout=WAIT) as mta:
+            with contextlib.closing(MTA.connect(name, wait_for=WAIT, timeout=WAIT)) as mta:
                 yield Case(mta, process, name)
         finally:
             process.kill()

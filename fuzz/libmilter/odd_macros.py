@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from _case import CONNECT, WAIT, case
+from _case import CONNECT, WAIT, case, judge
 
 from Milter.mta import FilterClosed
 
@@ -19,7 +19,7 @@ negotiate = None
 FILLED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=90"}
 
 
-def main() -> int:
+def look() -> tuple[bool, str]:
     try:
         with case(BODY, **FILLED) as one:
             one.send(b"C", CONNECT)
@@ -33,11 +33,9 @@ def main() -> int:
                     one.mta.read_packet()
                     one.send(b"A")
     except FilterClosed:
-        print(f"{2 * pairs + 1} strings: the filter ended with status {one.process.wait(WAIT)}")
-        return 0
-    print("always answered")
-    return 1
+        return True, f"{2 * pairs + 1} strings: the filter ended, status {one.process.wait(WAIT)}"
+    return False, "always answered"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(judge(look))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from _case import CONNECT, case
+from _case import CONNECT, case, judge
 
 BODY = """
 milter.set_helo_callback(lambda ctx, name: milter.CONTINUE)
@@ -15,15 +15,15 @@ negotiate = None
 """
 
 
-def main() -> int:
+def look() -> tuple[bool, str]:
     with case(BODY) as one:
         one.send(b"C", CONNECT)
-        one.answers(0.3)
+        one.mta.read_packet()
         one.send(b"R", b"<c@d>\0")
         answered = one.answers()
-        print(f"RCPT before MAIL: {answered} (an answer, or the end of the session, is due)")
-        return 1 if answered else 0
+    seen = f"RCPT before MAIL: {answered} (an answer, or the end of the session, is due)"
+    return not answered, seen
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(judge(look))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from _case import CONNECT, case
+from _case import CONNECT, case, judge
+
+from Milter.mta import FilterClosed
 
 # The callback answers with the length of what it got.
 BODY = """
@@ -19,19 +21,20 @@ negotiate = None
 FILLED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=90"}
 
 
-def main() -> int:
+def look() -> tuple[bool, str]:
     with case(BODY, **FILLED) as one:
         one.send(b"C", CONNECT)
         one.mta.read_packet()
         for size in range(1, 60):
             one.send(b"U", b"x" * size)
-            got = int(one.mta.read_packet().data.rstrip(b"\0").split()[-1])
+            try:
+                got = int(one.mta.read_packet().data.rstrip(b"\0").split()[-1])
+            except FilterClosed:
+                return False, f"{size} bytes without NUL: the connection was closed"
             if got != size:
-                print(f"{size} bytes without NUL: the callback got {got}")
-                return 0
-    print("the callback always got what was sent")
-    return 1
+                return True, f"{size} bytes without NUL: the callback got {got}"
+    return False, "the callback always got what was sent"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(judge(look))
