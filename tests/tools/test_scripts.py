@@ -299,3 +299,49 @@ def test_files_that_a_mirror_does_not_serve_are_named_without_its_host(
     done = bash(f". {ROOT}/scripts/packaging.sh\nlogged {tmp_path}/log sh -c 'echo no; exit 1'")
     assert done.stderr.startswith("no\n")
     assert "did not serve" not in done.stderr
+
+
+FLAKY = """
+from pathlib import Path
+import pytest
+
+@pytest.mark.parametrize("number", range({count}))
+def test_flaky(number):
+    seen = Path(__file__).with_name(f"seen-{{number}}")
+    times = len(seen.read_text()) if seen.exists() else 0
+    seen.write_text("x" * (times + 1))
+    assert times >= {passes_after}, "it failed"
+
+def test_sound():
+    Path(__file__).with_name("sound").open("a").write("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "passes_after", "asked", "status", "runs"),
+    [
+        pytest.param(2, 1, "1", 0, 2, id="passes-the-second-time"),
+        pytest.param(2, 2, "1", 1, 2, id="fails-again"),
+        pytest.param(6, 1, "1", 1, 1, id="too-many"),
+        pytest.param(2, 1, "", 1, 1, id="not-asked-for"),
+    ],
+)
+def test_what_failed_runs_once_more_where_that_is_asked_for(
+    count: int, passes_after: int, asked: str, status: int, runs: int, tmp_path: Path
+) -> None:
+    tests = tmp_path / "test_flaky.py"
+    tests.write_text(FLAKY.format(count=count, passes_after=passes_after))
+    command = [ROOT / "scripts/pytest-twice", Path(sys.executable).with_name("pytest")]
+    done = subprocess.run(
+        [*command, "-p", "xdist", "--rootdir", tmp_path, "-c", os.devnull, "-n", "0", tests],
+        env={**os.environ, "RERUN_FAILED": asked, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert {len(path.read_text()) for path in tmp_path.glob("seen-*")} == {runs}
+    assert (tmp_path / "sound").read_text() == "x"  # it runs once
+    names = re.findall(r"^      .*test_flaky\.py::test_flaky\[(\d)\]$", done.stdout, re.MULTILINE)
+    assert names == (["0", "1"] if runs == 2 else [])
