@@ -84,7 +84,18 @@ def _version_of_tree() -> str | None:
 
 
 def _install() -> str:
-    return f"{sys.executable} -m pip install {_ROOT}"
+    """The command that installs the source tree for this Python, or beside it."""
+    import shlex
+    import sysconfig
+
+    python, tree = shlex.quote(sys.executable), shlex.quote(_ROOT)
+    prefix = os.path.dirname(os.path.dirname(os.path.abspath(sys.executable)))
+    # PEP 668: pip refuses to install into the Python of a distribution, but not beside it.
+    managed = os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED")
+    if os.path.exists(managed) and not os.path.exists(os.path.join(prefix, "pyvenv.cfg")):
+        place = "/opt/filters"
+        return f"{python} -m venv {place} && {place}/bin/pip install {tree}"
+    return f"{python} -m pip install {tree}"
 
 
 def _is_extension(name: str) -> bool:

@@ -21,9 +21,9 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 INSTALL = f"{sys.executable} -m pip install"
 
 
-def said(*path: Path) -> str:
+def said(*path: Path, before: str = "pass") -> str:
     """The last line of what an import says with these directories alone, before Python's own."""
-    code = f"import sys; sys.path[:0] = {[str(each) for each in path]}; import Milter"
+    code = f"import sys; sys.path[:0] = {[str(each) for each in path]}; {before}; import Milter"
     done = subprocess.run(
         [*python_command(), "-S", "-c", code],
         cwd=path[0],
@@ -62,6 +62,26 @@ def test_a_source_tree_without_an_installation(tree: Path) -> None:
         f"ImportError: Milter 9.9 ({tree}/Milter) needs the extension module milter, which "
         f"{python} does not have: this is the source tree; install it: {INSTALL} {tree}"
     )
+
+
+def test_a_python_of_a_distribution_is_left_alone(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    python = tmp_path / "usr" / "bin" / "python3"
+    before = (
+        f"import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
+        f"sys.executable = {str(python)!r}"
+    )
+    text = said(tree, before=before)
+    filters = "/opt/filters"
+    assert text.endswith(
+        f": this is the source tree; install it: {python} -m venv {filters} && "
+        f"{filters}/bin/pip install {tree}"
+    )
+    # In a virtual environment pip installs.
+    python.parent.mkdir(parents=True)
+    (tmp_path / "usr" / "pyvenv.cfg").touch()
+    text = said(tree, before=before)
+    assert text.endswith(f"install it: {python} -m pip install {tree}")
 
 
 def test_a_module_that_was_built_for_another_python(tree: Path) -> None:

@@ -97,6 +97,13 @@ def test_the_plugin_asks_for_pytest_alone() -> None:
     assert found("pyproject.toml", r"^test = \[(.*)\]$") == '"pytest>=8"'
 
 
+def test_every_extra_is_on_the_page_of_installation() -> None:
+    table = found("pyproject.toml", r"(?s)^\[project\.optional-dependencies\]\n(.*?)^\[")
+    extras = re.findall(r"^(\w+) = ", table, re.MULTILINE)
+    page = found("docs/installation.md", r"(?s)^## Extras\n(.*?)^## ")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == sorted(extras)
+
+
 def test_a_package_index_gets_no_links_into_the_repository() -> None:
     about = metadata.metadata("pymilter")
     text = about.get_payload() or about["Description"]
