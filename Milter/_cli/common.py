@@ -22,6 +22,8 @@ from Milter.mta.address import SocketAddress, address_of, take_apart
 from . import streams
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
     from Milter import Base
 
 EXIT_OK = 0
@@ -196,15 +198,7 @@ def load_filter(spec: str) -> type[Base]:
 
     :raises CommandError: there is none, or it is not one that can serve.
     """
-    name, colon, attribute = spec.rpartition(":")
-    if not (colon and name and attribute):
-        raise CommandError(f"{spec!r}: write module:Class or file.py:Class, such as hello:Hello")
-    found: Any = _import(_module_of_file(name) if name.endswith(".py") else name)
-    for part in attribute.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            raise CommandError(f"module {name!r} has no class {attribute!r}") from None
+    found = _load(spec, "module:Class or file.py:Class, such as hello:Hello", "class")
     if not isinstance(found, type) and callable(found):
         found = _class_of_function(found)
     if not (isinstance(found, type) and issubclass(found, Milter.Base)):
@@ -215,6 +209,40 @@ def load_filter(spec: str) -> type[Base]:
         inspect.signature(found).bind()
     except TypeError as exc:
         raise CommandError(f"{spec} must be callable without arguments: {exc}") from None
+    return found
+
+
+def load_loop_factory(spec: str) -> Callable[[], AbstractEventLoop]:
+    """Import what ``module:function`` names, which makes event loops.
+
+    :raises CommandError: there is none, or it cannot be called.
+    """
+    try:
+        found = _load(spec, "module:function, such as uvloop:new_event_loop", "function")
+    except CommandError as exc:
+        raise CommandError(f"--loop-factory: {exc}", exc.status) from exc
+    if not callable(found):
+        raise CommandError(f"--loop-factory: {spec} cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _load(spec: str, form: str, what: str) -> Any:
+    """Import what a module or a file has under a name.
+
+    :param spec: module and name.
+    :param form: how that is to be written.
+    :param what: is looked for, for what is said.
+    :raises CommandError: there is no such thing.
+    """
+    name, colon, attribute = spec.rpartition(":")
+    if not (colon and name and attribute):
+        raise CommandError(f"{spec!r}: write {form}")
+    found: Any = _import(_module_of_file(name) if name.endswith(".py") else name)
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise CommandError(f"module {name!r} has no {what} {attribute!r}") from None
     return found
 
 

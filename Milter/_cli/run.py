@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import Milter
 
 from .. import _runner, _socket_setup, _workers
+from .._later import set_loop_factory
 from .._logging import logger
 from . import logs, settings
 from .common import (
@@ -24,6 +25,7 @@ from .common import (
     FilterSocket,
     complain,
     load_filter,
+    load_loop_factory,
     printable,
     seconds,
     show_report,
@@ -122,6 +124,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=seconds,
         help="how long messages in progress may take after a stop (30)",
     )
+    _add_serving_options(parser)
+    _add_log_options(parser)
+
+
+def _add_serving_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         metavar="N",
@@ -138,7 +145,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="who speaks to the MTA: libmilter (the default) or native, which is faster",
     )
-    _add_log_options(parser)
+    parser.add_argument(
+        "--loop-factory",
+        metavar="MODULE:FUNCTION",
+        help="makes the event loop of coroutines, such as uvloop:new_event_loop (asyncio's)",
+    )
 
 
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +279,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.socket is not None:
         _parse_socket(args)
     findings = inspect_filter(load_filter(args.filter))
+    if args.loop_factory is not None:
+        load_loop_factory(args.loop_factory)
     if not findings:
         show_report("run", f"{args.filter} can serve.")
         return EXIT_OK
@@ -383,6 +396,7 @@ def _open(access: _socket_setup.Access, output: _Output) -> None:
 def _load(args: argparse.Namespace, generation: Generation | None) -> type[Milter.Base]:
     """The filter class, and what is to be said of it; after a reload, errors are refused."""
     klass = load_filter(args.filter)
+    set_loop_factory(None if args.loop_factory is None else load_loop_factory(args.loop_factory))
     for finding in inspect_filter(klass):
         if finding.is_error and generation is not None:
             raise CommandError(str(finding))

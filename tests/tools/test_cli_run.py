@@ -119,6 +119,54 @@ def test_a_class_serves_and_stops_in_good_order(run: Run, place: Path) -> None:
     assert "greeter has stopped" in filter_.output
 
 
+LOOPS = """
+import asyncio
+
+def make():
+    print("a loop is made", flush=True)
+    return asyncio.new_event_loop()
+
+nothing = 3
+"""
+
+
+def test_the_loop_of_coroutines_is_made_by_whom_it_names(run: Run, place: Path) -> None:
+    """What a reload serves with has one of its own."""
+    (place / "loops.py").write_text(LOOPS)
+    (place / "waits.py").write_text(
+        "import Milter\n"
+        "class Waits(Milter.Base):\n"
+        "    async def envrcpt(self, to, *params):\n"
+        "        return Milter.REJECT\n"
+    )
+    filter_ = run("--loop-factory", "loops:make", name="waits:Waits")
+    for count in (1, 2):
+        with filter_.mta() as mta:
+            assert mta.send(b"\r\n", recipients=["r@example.com"]).refused
+        filter_.wait_for("a loop is made", count)
+        if count == 1:
+            filter_.process.send_signal(signal.SIGHUP)
+            filter_.wait_for("milter.run: reloaded")
+    assert filter_.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("make", "'make': write module:function, such as uvloop:new_event_loop"),
+        ("loops:gone", "module 'loops' has no function 'gone'"),
+        ("loops:nothing", "loops:nothing cannot be called"),
+        ("no_such_loops:make", "there is no module 'no_such_loops'"),
+    ],
+)
+def test_a_loop_factory_that_is_none(place: Path, name: str, said: str) -> None:
+    (place / "loops.py").write_text(LOOPS)
+    options = ("hello:Hello", "--check", "--loop-factory", name)
+    code, line = refused(place, *options)
+    assert code == 2
+    assert line.startswith(f"python -m Milter run: error: --loop-factory: {said}")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT])
 def test_other_signals_stop_it_too(run: Run, number: int) -> None:
     filter_ = run()
