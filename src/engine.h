@@ -70,8 +70,8 @@ struct engine_hooks {
     void (*ended)(int result);
 
     /* In a batch: the MTA of a connection whose callback is suspended has hung up, so that nobody
-     * waits for its answer.  The callback may be resumed early.  Once for a connection, by engines
-     * that can tell; NULL where the filter does not care. */
+     * waits for its answer.  The callback may be resumed early.  Once for a suspended callback, by
+     * engines that can tell; NULL where the filter does not care. */
     void (*hung_up)(SMFICTX *context);
 
     /* A line for the log of the filter, from any thread, in or outside of a batch: copied, and

@@ -36,7 +36,7 @@ struct connection {
     bool end_alone; /* the poller waits for nothing but a hang-up */
     bool at_end;    /* of what the peer sends; or the connection is broken, or has timed out */
     bool hung_up;   /* the peer has, while a callback was suspended */
-    bool told;      /* the filter knows */
+    bool told;      /* the filter knows, for the callback that is suspended now */
     double active;  /* when something last came or went, in seconds of the monotonic clock */
     struct connection *previous, *next;
     struct connection *next_queued;

@@ -197,6 +197,10 @@ watch_for_end(struct connection *connection)
     connection->state = SUSPENDED;
     if (connection->hung_up) {
         unwatch(connection);
+        if (!connection->told) {
+            enqueue(connection);
+            wake_leader(connection->loop);
+        }
         return;
     }
     connection->watched =
@@ -283,6 +287,7 @@ next_step(struct member *self, struct connection *connection)
         engine_completion complete = connection->suspended.complete;
 
         connection->suspended.complete = NULL;
+        connection->told = false; /* another one may be suspended, and is told again */
         begin_callback(self, connection, connection->session.command);
         result = session_complete(&connection->session, complete, connection->suspended.data);
         end_callback(self);
@@ -326,9 +331,11 @@ has_work(const struct connection *connection)
 static void
 tell_of_hang_up(struct connection *connection)
 {
-    if (connection->hung_up && !connection->told && hooks->hung_up != NULL) {
+    if (connection->hung_up && !connection->told) {
         connection->told = true;
-        hooks->hung_up(&connection->session);
+        if (hooks->hung_up != NULL) {
+            hooks->hung_up(&connection->session);
+        }
     }
 }
 
