@@ -574,6 +574,7 @@ static PyMethodDef milter_functions[] = {
     {"_accepts", accepts_connections, METH_NOARGS, NULL},
     {"_is_running", tell_if_running, METH_NOARGS, NULL},
     {"_leave_signals", leave_signals, METH_O, NULL},
+    {"_stop_with", stop_with, METH_O, NULL},
     {"_keep_variables", keep_variables, METH_NOARGS, NULL},
     {"_hand_over", hand_over_socket, METH_O, NULL},
     {"_become_worker", become_worker, METH_VARARGS, NULL},

@@ -58,6 +58,7 @@ class _Callback:
         "begun",
         "ctx",
         "ended",
+        "gives_up_at",
         "is_last",
         "outcome",
         "runner",
@@ -90,6 +91,7 @@ class _Callback:
         self.why: int | None = None
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.gives_up_at: float | None = None  # by the loop's clock, once it was cancelled
 
     def begin(self, runner: _Runner) -> None:
         """Have a task await it."""
@@ -99,7 +101,14 @@ class _Callback:
             self.leave_off()
             return
         runner.waiting[id(self)] = self
-        self.task = _make_task(runner.loop, self.run(), self.variables)
+        run = self.run()
+        try:
+            self.task = _make_task(runner.loop, run, self.variables)
+        except BaseException as error:  # noqa: BLE001 - of a task factory; the callback is answered
+            run.close()
+            close_awaitable(self.awaitable)
+            self.answer(_RAISED, error, None)
+            return
         if self.task.done():
             self.finished(self.task)
             return
@@ -120,7 +129,14 @@ class _Callback:
         except asyncio.CancelledError as error:
             self.outcome, self.value = self.judge_cancelled(error)
         except BaseException as error:  # noqa: BLE001 - SystemExit too, which would end the loop
-            self.outcome, self.value = _RAISED, _without_first_frame(error)
+            # One that it raises as it is cancelled is reported, but judges no message.
+            self.outcome = _RAISED if self.why is None else self.why
+            self.value = _without_first_frame(error)
+        if self.runner.generation != _generation:
+            # It forked, and this is the child. It ends here, as the extension has it, or by itself
+            # where none is there, in tests.
+            self.answer(self.outcome, self.value, None)
+            os._exit(int(self.outcome == _RAISED))
         if _COPIES:
             self.variables = contextvars.copy_context()
 
@@ -158,12 +174,16 @@ class _Callback:
         """Cancel it; what does not end then goes on alone, and its callback without it."""
         if self.answered:
             return
-        self.why = why
+        if self.why != _HUNG_UP:  # whatever comes after that, nobody waits for an answer
+            self.why = why
         if self.begun and self.task is not None:
             self.task.cancel()
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = self.runner.loop.call_later(patience, self.give_up)
+        gives_up_at = self.runner.loop.time() + patience
+        if self.gives_up_at is None or gives_up_at < self.gives_up_at:
+            if self.timer is not None:
+                self.timer.cancel()
+            self.gives_up_at = gives_up_at
+            self.timer = self.runner.loop.call_at(gives_up_at, self.give_up)
 
     def take_too_long(self) -> None:
         _log.warning(
@@ -194,9 +214,11 @@ class _Runner:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.generation = _generation
         self.thread: threading.Thread | None = None  # its own; None: the loop is the program's
         self.ident: int | None = None
         self.stopping = False  # the deadline of the drain is over
+        self.ending = False  # the filter has ended
         self.ended = threading.Event()
         self.incoming: deque[_Callback] = deque()
         self.called = False  # the loop will look at what comes in
@@ -236,8 +258,17 @@ class _Runner:
 
     def _begin_all(self) -> None:
         self.called = False
-        while self.incoming:
-            self.incoming.popleft().begin(self)
+        while True:
+            try:
+                callback = self.incoming.popleft()
+            except IndexError:
+                return
+            callback.begin(self)
+
+    def stop(self) -> None:
+        """Have the loop's own thread end it."""
+        self.ending = True
+        self.loop.stop()
 
     def cancel_waiting(self) -> None:
         self.stopping = True
@@ -303,6 +334,7 @@ def _place(awaitable: object) -> str:
 
 _lock = threading.Lock()
 _runner: _Runner | None = None
+_generation = 0  # of processes: one more in the child of each fork
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -313,7 +345,24 @@ def _new_loop() -> asyncio.AbstractEventLoop:
         raise TypeError(
             f"loop_factory must return an event loop of asyncio, not {type(loop).__name__}"
         )
+    if loop.is_running() or loop.is_closed():
+        state = "runs already" if loop.is_running() else "is closed"
+        raise ValueError(f"loop_factory must return a new event loop, not one that {state}")
     return loop
+
+
+def _run_until_end(runner: _Runner) -> None:
+    """Run the loop, whatever a task of the program does to it."""
+    while not runner.ending:
+        try:
+            runner.loop.run_forever()  # returns also where the program has stopped the loop
+        except (SystemExit, KeyboardInterrupt) as error:
+            # Raised in a task, it comes through all of asyncio. It ends the filter as in a
+            # callback, and what waits goes on until then.
+            if milter._is_running():
+                milter._stop_with(error)
+            else:  # the stand-in, in tests
+                _log.error("a task raised %s", type(error).__name__, exc_info=error)
 
 
 def _serve_loop(runner: _Runner) -> None:
@@ -321,7 +370,7 @@ def _serve_loop(runner: _Runner) -> None:
     loop = runner.loop
     asyncio.set_event_loop(loop)
     try:
-        loop.run_forever()
+        _run_until_end(runner)
         loop.run_until_complete(runner.wait_for_rest())
         left = asyncio.all_tasks(loop)
         for task in left:
@@ -344,14 +393,19 @@ def _the_runner() -> _Runner:
     global _runner
     with _lock:
         if _runner is None:
-            _runner = _Runner(_new_loop())
-            _runner.thread = threading.Thread(
-                target=_serve_loop, args=(_runner,), name="milter-coroutines", daemon=True
+            runner = _Runner(_new_loop())
+            runner.thread = threading.Thread(
+                target=_serve_loop, args=(runner,), name="milter-coroutines", daemon=True
             )
-            _runner.thread.start()
-            _runner.ident = _runner.thread.ident
+            try:
+                runner.thread.start()
+            except BaseException:  # no thread is to be had now; perhaps for the next callback
+                runner.loop.close()
+                raise
+            runner.ident = runner.thread.ident
+            _runner = runner
             atexit.register(end)
-            _watch(_runner)
+            _watch(runner)
         return _runner
 
 
@@ -423,18 +477,20 @@ async def run_beside(runner: _Runner, main: Callable[[], object]) -> None:
             failure.append(error)
         runner.call(_settle, done)
 
-    milter._leave_signals(True)
     thread = threading.Thread(target=run, name="milter-serve", daemon=True)
-    thread.start()
-    with _woken_by_signals(runner.loop):
-        while not done.done():
-            try:
-                await asyncio.wait([done])
-            except asyncio.CancelledError as error:
-                cancelled = error
-                milter.stop()
-    thread.join()
-    milter._leave_signals(False)
+    milter._leave_signals(True)
+    try:
+        thread.start()
+        with _woken_by_signals(runner.loop):
+            while not done.done():
+                try:
+                    await asyncio.wait([done])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                    milter.stop()
+        thread.join()
+    finally:
+        milter._leave_signals(False)
     if failure:
         raise failure[0]
     if cancelled is not None:
@@ -557,7 +613,7 @@ def end() -> None:
     if runner is None:
         return
     if runner.thread is not None:
-        runner.call(runner.loop.stop)
+        runner.call(runner.stop)
         runner.thread.join(_END_SECONDS)
         atexit.unregister(end)
     else:
@@ -574,9 +630,10 @@ def _end_in_program(runner: _Runner, done: threading.Event) -> None:
 
 def _forget() -> None:
     """In the child of a fork: the loop and its thread are the parent's."""
-    global _lock, _runner
+    global _generation, _lock, _runner
     _lock = threading.Lock()
     _runner = None
+    _generation += 1
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -588,9 +645,11 @@ os.register_at_fork(after_in_child=_forget)
 def _watch(runner: _Runner) -> None:
     """Where the log is told so much: have a thread look whether the loop is blocked."""
     if _log.isEnabledFor(10):  # logging.DEBUG
-        threading.Thread(
+        watch = threading.Thread(
             target=_look_for_blocks, args=(runner,), name="milter-loop-watch", daemon=True
-        ).start()
+        )
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: the loop does without
+            watch.start()
 
 
 def _look_for_blocks(runner: _Runner) -> None:

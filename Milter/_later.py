@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ._advice import code_of
 
 TYPE_CHECKING = False
@@ -36,9 +38,8 @@ def close_awaitable(awaitable: object) -> None:
     Args:
         awaitable: a coroutine, or what else can be awaited; only where it can be closed.
     """
-    close = getattr(awaitable, "close", None)
-    if close is not None:
-        close()
+    with contextlib.suppress(Exception):  # it has no such method, or will not be closed
+        awaitable.close()  # type: ignore[attr-defined]
 
 
 def is_awaitable(result: object) -> bool:

@@ -430,7 +430,7 @@ verdict_for_cancelled(const Waiting *waiting)
     const Step *step = &waiting->call.step;
 
     return waiting->outcome == STOPPED_BY_DRAIN && stages[step->stage].in_message
-               ? refuse_message(step)
+               ? put_off_message(step)
                : verdict_without_filter(step->stage);
 }
 
@@ -455,7 +455,13 @@ complete_callback(SMFICTX *Py_UNUSED(handle), void *data)
         judge(call, NULL);
     }
     else {
-        Py_DECREF(waiting->value);
+        if (waiting->value == Py_None) {
+            Py_DECREF(waiting->value);
+        }
+        else { /* what it raised as it was cancelled */
+            raise_exception(waiting->value);
+            take_exception_of(&call->step);
+        }
         call->cut_off = waiting->outcome == HUNG_UP;
         call->verdict = verdict_for_cancelled(waiting);
     }
@@ -521,6 +527,11 @@ answer(PyObject *capsule, PyObject *args)
     if (!PyArg_ParseTuple(args, "iOO", &outcome, &value, &variables)) {
         return NULL;
     }
+    if (is_forked() && PyExceptionInstance_Check(value)) {
+        raise_exception(Py_NewRef(value));
+        end_forked_child(NULL);
+    }
+    end_forked_child(value);
     waiting = take_waiting(capsule);
     if (waiting != NULL) {
         replace_variables(waiting->call.step.context, variables);

@@ -113,6 +113,15 @@ owe(const Step *step, sfsistat verdict)
     step->context->owed = verdict;
 }
 
+sfsistat
+put_off_message(const Step *step)
+{
+    if (is_without_reply(step->context, step->stage)) {
+        owe(step, SMFIS_TEMPFAIL);
+    }
+    return refuse_message(step);
+}
+
 bool
 pay(const Step *step, sfsistat *verdict)
 {
@@ -284,27 +293,38 @@ report_exception(const Step *step)
     Py_DECREF(exception);
 }
 
-sfsistat
-take_policy(const Step *step)
+static module_state *
+state_of(const Step *step)
 {
-    module_state *state = step->context != NULL ? step->context->state : active_module;
-    sfsistat policy;
+    return step->context != NULL ? step->context->state : active_module;
+}
 
+void
+take_exception_of(const Step *step)
+{
     count_exception(step->stage);
     if (PyErr_ExceptionMatches(PyExc_SystemExit) ||
         PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
-        stop_with_exception(state);
+        stop_with_exception(state_of(step));
     }
     else {
         report_exception(step);
     }
+}
+
+sfsistat
+take_policy(const Step *step)
+{
+    sfsistat policy;
+
+    take_exception_of(step);
     if (step->stage == NEGOTIATE) {
         return SMFIS_REJECT; /* the MTA goes on without the filter */
     }
     if (step->stage == ABORT || step->stage == CLOSE) {
         return SMFIS_CONTINUE; /* nobody waits for it */
     }
-    policy = state->policy; /* a report may have run anything */
+    policy = state_of(step)->policy; /* a report may have run anything */
     explain_exception(step, policy);
     if (is_without_reply(step->context, step->stage)) {
         owe(step, policy);

@@ -19,11 +19,18 @@ void keep_client(const Step *step, const char *hostname, const _SOCK_ADDR *addre
 /* An exception is set, or a result was no verdict: report it.  The verdict of the policy. */
 sfsistat take_policy(const Step *step);
 
+/* An exception is set, of a callback that judges nothing: report it. */
+void take_exception_of(const Step *step);
+
 /* Is an earlier exception still unanswered, and can it be answered now?  Then the verdict goes into
  * *verdict, and its reply is set. */
 bool pay(const Step *step, sfsistat *verdict);
 
 /* The verdict for a message that must not begin, since the filter drains. */
 sfsistat refuse_message(const Step *step);
+
+/* The verdict for a message of which a callback was cancelled; where the MTA does not wait for it,
+ * the next step has it. */
+sfsistat put_off_message(const Step *step);
 
 #endif

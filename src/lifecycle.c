@@ -75,6 +75,19 @@ leave_signals(PyObject *Py_UNUSED(module), PyObject *value)
     Py_RETURN_NONE;
 }
 
+/* _stop_with(exception): stop the filter as if a callback had raised it. */
+PyObject *
+stop_with(PyObject *module, PyObject *exception)
+{
+    if (!PyExceptionInstance_Check(exception)) {
+        PyErr_SetString(PyExc_TypeError, "_stop_with: an exception is needed");
+        return NULL;
+    }
+    raise_exception(Py_NewRef(exception));
+    stop_with_exception(PyModule_GetState(module));
+    Py_RETURN_NONE;
+}
+
 PyObject *
 out_of_order(module_state *state, const char *call, const char *why)
 {

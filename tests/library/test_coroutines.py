@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import io
 import subprocess
 from collections.abc import Callable, Iterator
@@ -185,6 +186,15 @@ def test_the_time_of_a_callback_is_that_of_waiting_too(
     _, calls, rejects, seconds = running.wait_for("told").split()
     assert (calls, rejects) == ("1", "1")
     assert 0.19 < float(seconds) < WAIT
+
+
+def test_serve_takes_the_keywords_of_runmilter() -> None:
+    """But for those of workers and of the loop, which is the program's."""
+    theirs = inspect.signature(Milter.runmilter).parameters
+    ours = inspect.signature(Milter.serve).parameters
+    left_out = {"workers", "worker_init", "pin_workers", "loop_factory"}
+    assert list(ours) == [name for name in theirs if name not in left_out]
+    assert all(ours[name] == theirs[name] for name in ours)
 
 
 def test_run_takes_such_a_class(directory: Path, run_filter: Callable[..., Any]) -> None:

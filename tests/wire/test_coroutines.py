@@ -14,20 +14,31 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 import pytest
+from support.commands import Runner
 from support.engine import engine
-from support.process import WAIT
+from support.process import FILTERS, WAIT
 
-from Milter.mta import MTA, AddHeader, FilterClosed, SmtpReply, Stage, Step, Verdict
+from Milter.mta import (
+    MTA,
+    AddHeader,
+    AddRecipient,
+    ChangeHeader,
+    ChangeSender,
+    DeleteRecipient,
+    FilterClosed,
+    InsertHeader,
+    Quarantine,
+    ReplaceBody,
+    SmtpReply,
+    Stage,
+    Step,
+    Verdict,
+)
 
-LOOPS = [
-    "",
-    pytest.param(
-        "uvloop",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
-        ),
-    ),
-]
+UVLOOP = pytest.mark.skipif(
+    importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
+)
+LOOPS = ["", pytest.param("uvloop", marks=UVLOOP)]
 SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in coroutines",))
 
 
@@ -78,6 +89,51 @@ def test_coroutines_and_plain_methods_in_turn(coroutines: Callable[..., Any], lo
     assert "Error" not in running.output
 
 
+def test_each_step_may_be_a_coroutine(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("AllSteps")
+    with running.mta() as mta:
+        mta.connect_info("client.example")
+        mta.helo("h")
+        mta.unknown("NONSENSE")
+        mta.mail("<a@b>")
+        mta.rcpt("<c@d>")
+        mta.data()
+        mta.header("Subject", " x")
+        mta.eoh()
+        mta.body(b"x\r\n")
+        assert mta.eom().verdict == Verdict.CONTINUE
+        mta.mail("<again@b>")
+        mta.abort()
+    running.wait_for("step close")
+    first = "connect hello unknown envfrom envrcpt data header eoh body eom envfrom abort close"
+    steps = [line.split()[1] for line in running.output.split("\n") if line.startswith("step ")]
+    assert steps == first.split()
+    assert running.stop() == 0
+
+
+def test_actions_work_until_the_coroutine_returns(coroutines: Callable[..., Any]) -> None:
+    """All of them, in their order, also from tasks that it awaits."""
+    running = coroutines("Acting")
+    with running.mta() as mta:
+        envelope(mta)
+        mta.rcpt("<c@d>", macros={"{rcpt_addr}": "c@d"})
+        mta.data()
+        mta.header("Subject", " x")
+        mta.eoh()
+        reply = mta.eom()
+    assert reply.verdict == Verdict.CONTINUE
+    assert reply.modifications == (
+        AddHeader(b"X-Macro", b"c@d"),
+        InsertHeader(0, b"X-First", b"1"),
+        ChangeHeader(1, b"Subject", b""),
+        ChangeSender("<x@b>"),
+        AddRecipient("<y@d>"),
+        DeleteRecipient("<c@d>"),
+        ReplaceBody(b"new\r\n"),
+        Quarantine("held"),
+    )
+
+
 @pytest.mark.parametrize("name", ["client.example", "other.example"])
 def test_plain_callbacks_share_the_variables_of_their_connection(
     coroutines: Callable[..., Any], name: str
@@ -125,6 +181,21 @@ def test_what_goes_wrong_is_what_goes_wrong_in_any_callback(
     assert "the envrcpt callback returned None: not an int" in running.output
 
 
+@pytest.mark.parametrize(
+    ("policy", "code", "verdict"),
+    [("REJECT", 554, Verdict.REJECT), ("CONTINUE", None, Verdict.CONTINUE)],
+)
+def test_the_policy_is_that_of_any_callback(
+    coroutines: Callable[..., Any], policy: str, code: int | None, verdict: Verdict
+) -> None:
+    running = coroutines("Failing", policy=policy)
+    with running.mta() as mta:
+        envelope(mta)
+        reply = mta.rcpt("<raise@d>")
+        assert reply.verdict == verdict
+        assert (reply.smtp.code if reply.smtp else None) == code
+
+
 def test_sys_exit_in_a_coroutine_ends_the_filter(coroutines: Callable[..., Any]) -> None:
     running = coroutines("Exiting")
     with contextlib.suppress(OSError, EOFError), running.mta() as mta:
@@ -132,9 +203,12 @@ def test_sys_exit_in_a_coroutine_ends_the_filter(coroutines: Callable[..., Any])
     assert running.wait() == 3
 
 
-def test_those_that_wait_do_not_hold_up_the_others(coroutines: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_those_that_wait_do_not_hold_up_the_others(
+    coroutines: Callable[..., Any], loop: str
+) -> None:
     """Nor do they hold threads of the engine `native`."""
-    running = coroutines("Meeting")
+    running = coroutines("Meeting", **({"uvloop": True} if loop else {}))
 
     def send(number: int) -> Verdict:
         with running.mta() as mta:
@@ -172,12 +246,21 @@ def test_decorators_apply_to_coroutines(coroutines: Callable[..., Any]) -> None:
 
 
 @pytest.mark.engine("native")
-@pytest.mark.parametrize("step", ["connect", "envrcpt", "header", "eom"])
+@pytest.mark.parametrize(
+    ("step", "loop"),
+    [
+        ("connect", ""),
+        ("envrcpt", ""),
+        ("header", ""),
+        ("eom", ""),
+        pytest.param("envrcpt", "uvloop", marks=UVLOOP),
+    ],
+)
 def test_what_waits_when_the_mta_hangs_up_is_cancelled(
-    coroutines: Callable[..., Any], step: str
+    coroutines: Callable[..., Any], step: str, loop: str
 ) -> None:
     """Then abort and close follow, which are not."""
-    running = coroutines("HangingUp")
+    running = coroutines("HangingUp", **({"uvloop": True} if loop else {}))
     mta = running.mta()
     with ThreadPoolExecutor(1) as pool:
         talk = pool.submit(message, mta, step)
@@ -196,6 +279,45 @@ def test_what_waits_when_the_mta_hangs_up_is_cancelled(
     with running.mta() as another:
         assert message(another, "nowhere").verdict == Verdict.CONTINUE
     assert running.stop() == 0
+
+
+@pytest.mark.engine("native")
+def test_each_that_waits_after_a_hang_up_is_cancelled(coroutines: Callable[..., Any]) -> None:
+    """Not the first one alone: it may have answered all the same, and the next step be there."""
+    running = coroutines("Twice")
+    mta = running.mta()
+    envelope(mta)
+    mta.rcpt("<c@d>")
+    mta.data()
+    mta.header("A", " 1")
+    running.wait_for("waits")
+    mta.header("B", " 2")
+    hang_up(mta)
+    mta.close()
+    running.wait_for("cancelled 1")
+    running.wait_for("aborted")  # so the second one waits no more, if it has begun at all
+    assert running.stop() == 0
+
+
+@pytest.mark.engine("native")
+def test_what_a_cancelled_one_raises_is_reported_and_changes_nothing(
+    coroutines: Callable[..., Any],
+) -> None:
+    """When the MTA has hung up: abort and close follow, as after any other."""
+    running = coroutines("Grumbling", policy="REJECT")
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        envelope(mta)
+        answer = pool.submit(mta.rcpt, "<c@d>")
+        running.wait_for("waits")
+        hang_up(mta)
+        running.wait_for("closed")
+        with contextlib.suppress(FilterClosed):
+            answer.result(WAIT)
+    mta.close()
+    assert "\naborted\n" in running.output
+    assert running.output.count("KeyError: 'of the library'") == 1
+    assert running.output.count("exception in the envrcpt callback") == 1
 
 
 @pytest.mark.engine("libmilter")
@@ -247,9 +369,13 @@ def test_many_that_close_hold_no_thread(coroutines: Callable[..., Any]) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def test_what_waits_at_the_end_of_the_drain_is_cancelled(coroutines: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_waits_at_the_end_of_the_drain_is_cancelled(
+    coroutines: Callable[..., Any], loop: str
+) -> None:
     """The message is put off; the loop's thread ends with the filter."""
-    running = coroutines("Waiting", drain_timeout=1)
+    options = {"drain_timeout": 0, "uvloop": True} if loop else {"drain_timeout": 1}
+    running = coroutines("Waiting", **options)
     mta = running.mta()
     with ThreadPoolExecutor(1) as pool:
         envelope(mta)
@@ -264,6 +390,38 @@ def test_what_waits_at_the_end_of_the_drain_is_cancelled(coroutines: Callable[..
     with contextlib.suppress(FilterClosed):
         mta.close()
     assert running.wait() == 0
+
+
+def test_what_a_cancelled_one_raises_judges_no_message(coroutines: Callable[..., Any]) -> None:
+    """The message is put off, whatever the policy; what was raised is in the log."""
+    running = coroutines("Grumbling", drain_timeout=0, policy="REJECT")
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        envelope(mta)
+        answer = pool.submit(mta.rcpt, "<c@d>")
+        running.wait_for("waits")
+        running.process.send_signal(signal.SIGTERM)
+        assert answer.result(WAIT).smtp == SmtpReply(
+            451, "4.3.2", ("pymilter: stopping, try again later: coroutines",)
+        )
+    with contextlib.suppress(FilterClosed):
+        mta.close()
+    assert running.wait() == 0
+    assert running.output.count("exception in the envrcpt callback") == 1
+    assert "KeyError: 'of the library'" in running.output
+
+
+def test_a_step_without_reply_that_is_cancelled_is_made_up_for(
+    coroutines: Callable[..., Any],
+) -> None:
+    """The message does not go on as if nothing had been: the next answer puts it off."""
+    running = coroutines("Itself")
+    with running.mta() as mta:
+        envelope(mta)
+        mta.rcpt("<c@d>")
+        mta.data()
+        mta.header("A", " 1")
+        assert mta.eom().smtp == SOFT
 
 
 def test_a_coroutine_before_a_message_goes_on_until_the_deadline_too(
@@ -365,10 +523,21 @@ def test_each_worker_has_a_loop(coroutines: Callable[..., Any]) -> None:
     assert str(running.pid) not in made
 
 
-@pytest.mark.parametrize("factory", ["3", "lambda: 3"])
+FACTORIES = {
+    "3": "TypeError: loop_factory must be callable or None, not int",
+    "lambda: 3": "TypeError: loop_factory must return an event loop of asyncio, not int",
+    "lambda: closed": "ValueError: loop_factory must return a new event loop, not one that is clo",
+    "lambda: 1 / 0": "ZeroDivisionError: ",
+    "lambda: sys.exit(7)": "",
+}
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
 def test_a_loop_factory_that_is_none(run_filter: Callable[..., Any], factory: str) -> None:
     source = (
-        "import sys, Milter\n"
+        "import asyncio, sys, Milter\n"
+        "closed = asyncio.new_event_loop()\n"
+        "closed.close()\n"
         "class Filter(Milter.Base):\n"
         "    async def envfrom(self, *args):\n"
         "        return Milter.CONTINUE\n"
@@ -377,20 +546,71 @@ def test_a_loop_factory_that_is_none(run_filter: Callable[..., Any], factory: st
     )
     running = run_filter(source=source)
     if factory == "3":
-        running.wait_for("TypeError: loop_factory must be callable or None, not int")
+        running.wait_for(FACTORIES[factory])
         assert running.wait() == 1
         return
-    with running.mta() as mta:
-        mta.connect_info("c")
-        mta.helo("h")
-        assert mta.mail("<a@b>").smtp == SOFT
-    running.wait_for("TypeError: loop_factory must return an event loop of asyncio, not int")
+    with contextlib.suppress(OSError, EOFError), running.mta() as mta:
+        envelope(mta)
+        if FACTORIES[factory]:
+            assert mta.mail("<again@b>").smtp == SOFT
+    if FACTORIES[factory]:
+        running.wait_for(FACTORIES[factory], 2)
+        assert running.stop() == 0
+    else:
+        assert running.wait() == 7
     assert "never awaited" not in running.output
 
 
-def test_a_loop_that_is_blocked_is_told_of_with_the_place(coroutines: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("lacking", ["no_thread", "failing_loop"])
+def test_what_cannot_be_begun_is_answered(coroutines: Callable[..., Any], lacking: str) -> None:
+    """And what can be begun afterwards goes on."""
+    running = coroutines("Failing", **{lacking: True})
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<good@d>").smtp == SOFT
+        assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
+        assert mta.rcpt("<reply@d>").smtp == SmtpReply(550, "5.7.1", ("not you",))
+    running.wait_for("RuntimeError: no ")
+    assert running.stop() == 0
+    assert "never awaited" not in running.output
+
+
+def test_a_loop_that_the_filter_stops_goes_on(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Meddling")
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<stop@d>").verdict == Verdict.CONTINUE
+        assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
+    assert running.stop() == 0
+    running.wait_for("loops left []")
+
+
+def test_sys_exit_in_a_task_ends_the_filter(coroutines: Callable[..., Any]) -> None:
+    """Not its loop alone, for which all would wait: the message in progress comes to its end."""
+    running = coroutines("Meddling")
+    with contextlib.suppress(FilterClosed), running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<exit@d>").verdict == Verdict.CONTINUE
+        assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
+        assert mta.eom().verdict == Verdict.CONTINUE
+        assert running.wait() == 3
+
+
+def test_the_child_of_a_coroutine_that_forks_ends(coroutines: Callable[..., Any]) -> None:
+    """As that of any callback: the connections are the parent's, which alone answers."""
+    running = coroutines("Meddling")
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<fork@d>").verdict == Verdict.CONTINUE
+        assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
+    running.wait_for("child ended with ")
+    assert running.stop() == 0
+
+
+def test_a_loop_that_is_blocked_is_told_of_with_the_place(runner: Runner) -> None:
     """Once for each place, where the log is told so much."""
-    running = coroutines("Blocking")
+    filter_ = f"{FILTERS}/coroutines.py:Blocking"
+    running = runner.start(filter_, "--log-level", "debug", engine=engine())
     with running.mta() as mta:
         envelope(mta)
         mta.mail("<again@b>")

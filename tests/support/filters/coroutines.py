@@ -10,11 +10,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextvars
-import logging
 import os
 import sys
 import threading
 import time
+import warnings
 from typing import Any, ClassVar
 
 import milter
@@ -73,6 +73,82 @@ class EachStep(Milter.Base):
         await asyncio.sleep(0)
         say("closed", CLIENT.get())
         return Milter.CONTINUE
+
+
+class AllSteps(Milter.Base):
+    """Each callback but negotiate is a coroutine."""
+
+    async def note(self, step: str) -> int:
+        await asyncio.sleep(0)
+        say("step", step)
+        return Milter.CONTINUE
+
+    async def connect(self, host: str, family: Any, address: Any) -> int:
+        return await self.note("connect")
+
+    async def hello(self, name: str) -> int:
+        return await self.note("hello")
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return await self.note("envfrom")
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        return await self.note("envrcpt")
+
+    async def data(self) -> int:
+        return await self.note("data")
+
+    async def header(self, name: str, value: str) -> int:
+        return await self.note("header")
+
+    async def eoh(self) -> int:
+        return await self.note("eoh")
+
+    async def body(self, chunk: bytes) -> int:
+        return await self.note("body")
+
+    async def eom(self) -> int:
+        return await self.note("eom")
+
+    async def unknown(self, command: str) -> int:
+        return await self.note("unknown")
+
+    async def abort(self) -> int:
+        return await self.note("abort")
+
+    async def close(self) -> int:
+        return await self.note("close")
+
+
+class Acting(Milter.Base):
+    """Each action, with other work of the loop between them; some in tasks that are awaited."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        await asyncio.sleep(0)
+        self.macro = self.getsymval("{rcpt_addr}")
+        return Milter.CONTINUE
+
+    async def eom(self) -> int:
+        await asyncio.gather(self.change_headers(), asyncio.create_task(self.change_envelope()))
+        self.progress()
+        await asyncio.sleep(0)
+        self.replacebody("new\r\n")
+        await asyncio.sleep(0)
+        self.quarantine("held")
+        return Milter.CONTINUE
+
+    async def change_headers(self) -> None:
+        self.addheader("X-Macro", str(self.macro))
+        self.addheader("X-First", "1", 0)
+        self.chgheader("Subject", 1, None)
+        await asyncio.sleep(0)
+
+    async def change_envelope(self) -> None:
+        await asyncio.sleep(0)
+        self.chgfrom("<x@b>")
+        self.addrcpt("<y@d>")
+        await asyncio.sleep(0)
+        self.delrcpt("<c@d>")
 
 
 class Failing(Milter.Base):
@@ -221,6 +297,59 @@ class HangingUp(Milter.Base):
         return Milter.CONTINUE
 
 
+class Twice(Milter.Base):
+    """Waits in each header, and answers though it was cancelled: the MTA is gone all the same."""
+
+    count = 0
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        self.count += 1
+        if self.count == 1:
+            say("waits")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            say("cancelled", self.count)
+        return Milter.CONTINUE
+
+    def abort(self) -> int:
+        say("aborted")
+        return Milter.CONTINUE
+
+
+class Grumbling(Milter.Base):
+    """Raises another exception as it is cancelled, as libraries do that wrap what happens."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        say("waits")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise KeyError("of the library") from None
+        return Milter.CONTINUE
+
+    def abort(self) -> int:
+        say("aborted")
+        return Milter.CONTINUE
+
+    def close(self) -> int:
+        say("closed")
+        return Milter.CONTINUE
+
+
+class Itself(Milter.Base):
+    """Cancels its own task, in a step without reply."""
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+        return Milter.CONTINUE
+
+
 class Stubborn(Milter.Base):
     """Does not end when it is cancelled, in the step that the client's name says."""
 
@@ -337,6 +466,30 @@ class Nested(Milter.Base):
         return self.step()
 
 
+class Meddling(Milter.Base):
+    """Does to the loop what the recipient's name says."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        if "stop" in to:
+            asyncio.get_running_loop().stop()
+        elif "exit" in to:
+            Background.tasks.add(asyncio.create_task(self.exit()))
+        elif "fork" in to:
+            self.fork()
+        await asyncio.sleep(0)
+        return Milter.CONTINUE
+
+    async def exit(self) -> None:
+        sys.exit(3)
+
+    def fork(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the child lacks
+            pid = os.fork()
+        if pid:
+            say("child ended with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
 class Exiting(Milter.Base):
     async def envfrom(self, sender: str, *params: str) -> int:
         await asyncio.sleep(0)
@@ -346,6 +499,29 @@ class Exiting(Milter.Base):
 def make_loop() -> asyncio.AbstractEventLoop:
     say("a loop is made in", os.getpid())
     return asyncio.new_event_loop()
+
+
+def make_failing_loop() -> asyncio.AbstractEventLoop:
+    """Its first task cannot be made."""
+    loop = asyncio.new_event_loop()
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        loop.set_task_factory(None)
+        raise RuntimeError("no task")
+
+    loop.set_task_factory(fail)
+    return loop
+
+
+def lack_a_thread() -> None:
+    """The first thread cannot be started."""
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        threading.Thread.start = start  # type: ignore[method-assign]
+        raise RuntimeError("no thread")
+
+    threading.Thread.start = fail  # type: ignore[method-assign]
 
 
 def run_raw(socket: str) -> None:
@@ -371,12 +547,16 @@ if __name__ == "__main__":
         sys.exit()
     Milter.factory = globals()[name]
     options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
-    if name == "Blocking":
-        logging.basicConfig(level=logging.DEBUG)
     if name == "Impatient":
         _async._PATIENCE = _async._HUNG_UP_PATIENCE = _async._LAST_SECONDS = 0.2
     if options.pop("make_loop", False):
         options["loop_factory"] = make_loop
+    if options.pop("failing_loop", False):
+        options["loop_factory"] = make_failing_loop
+    if options.pop("no_thread", False):
+        lack_a_thread()
+    if "policy" in options:
+        milter.set_exception_policy(getattr(milter, options.pop("policy")))
     if options.pop("uvloop", False):
         import uvloop
 

@@ -1,0 +1,5 @@
+"""What tests of the wire share."""
+
+from support.commands import runner
+
+__all__ = ["runner"]
