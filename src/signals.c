@@ -295,8 +295,8 @@ hold_signals(PyObject *Py_UNUSED(module), PyObject *value)
 }
 
 /* _await(descriptors, timeout): wait, with signals let in, until one of the descriptors can be
- * read, a signal has come, or for so many milliseconds, where negative without end.  Raises what a
- * handler does. */
+ * read, a signal has come, another thread has called stop(), or for so many milliseconds, where
+ * negative without end.  Raises what a handler does. */
 PyObject *
 await_news(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -310,7 +310,7 @@ await_news(PyObject *Py_UNUSED(module), PyObject *args)
         return NULL;
     }
     count = PyList_GET_SIZE(descriptors);
-    wait = PyMem_New(struct pollfd, (size_t)count);
+    wait = PyMem_New(struct pollfd, (size_t)count + 1);
     if (wait == NULL) {
         return PyErr_NoMemory();
     }
@@ -318,12 +318,15 @@ await_news(PyObject *Py_UNUSED(module), PyObject *args)
         wait[i] = (struct pollfd){.fd = (int)PyLong_AsLong(PyList_GET_ITEM(descriptors, i)),
                                   .events = POLLIN};
     }
+    wait[count] = (struct pollfd){.fd = main_pipe_reader(), .events = POLLIN};
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS
         if (held) {
             pthread_sigmask(SIG_SETMASK, &open_mask, &blocked);
         }
-        (void)poll(wait, (nfds_t)count, timeout);
+        if (poll(wait, (nfds_t)count + 1, timeout) > 0 && wait[count].revents != 0) {
+            empty_main_pipe();
+        }
         if (held) {
             pthread_sigmask(SIG_SETMASK, &blocked, NULL);
         }

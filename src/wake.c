@@ -64,6 +64,15 @@ main_pipe_writer(void)
 }
 
 void
+empty_main_pipe(void)
+{
+    char bytes[64];
+
+    while (read(main_pipe[0], bytes, sizeof bytes) > 0) {
+    }
+}
+
+void
 wake_main(void)
 {
     int saved = errno; /* also called from signal handlers */

@@ -18,6 +18,9 @@ void close_main_pipe(void);
 /* For poll(), -1 before it is open. */
 int main_pipe_reader(void);
 
+/* What was written there is known. */
+void empty_main_pipe(void);
+
 /* For those who write to it by themselves, as Python's signal handler does. */
 int main_pipe_writer(void);
 

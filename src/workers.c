@@ -22,6 +22,7 @@
 #include "process.h"
 #include "report.h"
 #include "socket.h"
+#include "wake.h"
 
 static pid_t supervisor;
 static int lifeline = -1; /* at its end when the supervisor wants us to stop, or is no more */
@@ -133,6 +134,10 @@ share_socket(PyObject *module, PyObject *value, bool is_open)
         raise_os_error(state, code, "cannot share", "the listening socket", "");
         return NULL;
     }
+    if (!open_main_pipe()) {
+        raise_os_error(state, errno, "cannot create", "a pipe", "");
+        return NULL;
+    }
     code = make_crew((int)count);
     if (code != 0) {
         raise_os_error(state, code, "cannot share memory", "between workers", "");
@@ -186,6 +191,7 @@ fork_worker(PyObject *Py_UNUSED(module), PyObject *serve)
     if (pid == NULL || PyLong_AsLong(pid) != 0) {
         return pid;
     }
+    close_main_pipe(); /* the supervisor's */
     status = PyObject_CallNoArgs(serve);
     code = status == NULL ? -1 : PyLong_AsLong(status);
     if (PyErr_Occurred()) {

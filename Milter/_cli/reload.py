@@ -189,7 +189,7 @@ class Overseer:
         self._old: list[_Child] = []
         self._before: _Child | None = None  # takes new connections still
         self._news = ""  # to be told once nobody else does
-        self._again = self._stopping = self._retire = False
+        self._again = self._stopping = False
         self.has_handed_over = False
         self.status = 0
 
@@ -202,16 +202,10 @@ class Overseer:
     # --- on the main thread ---------------------------------------------------------------
 
     def on_hangup(self, _number: int, _frame: FrameType | None) -> None:
-        """Handle SIGHUP: have a generation started, or give way to it."""
+        """Handle SIGHUP: have a generation started."""
         if os.getpid() != self._pid:
             return  # a worker, whose supervisor knows
         if self._stopping:
-            return
-        if self._retire:
-            self._retire = False
-            self._leave()
-            milter._hand_over(int(PATIENCE * 1000))
-            milter.stop()
             return
         with self._lock:
             begins, self._runs = not self._runs, True
@@ -224,8 +218,9 @@ class Overseer:
 
     def stop(self) -> None:
         """Stop all generations, and let this process have no more patience with connections."""
-        self._stopping = True
-        milter._hand_over(0)
+        with self._lock:
+            self._stopping = True
+            milter._hand_over(0)
         if self._thread is not None:
             self._tell(b"s")
 
@@ -349,11 +344,23 @@ class Overseer:
             before.signal(signal.SIGHUP)
             self._old.append(before)
         else:
-            self.has_handed_over = self._retire = True
-            self._notifier.feed_no_more()
-            os.kill(self._pid, signal.SIGHUP)  # what this process has to do is for its main thread
+            self._retire()
         self._before = before
         self._news = f"STATUS={status}, {child}"
+
+    def _retire(self) -> None:
+        """A generation serves in the place of this process.
+
+        From this thread, not by a signal to the main one: signals of one kind that are pending are
+        one signal, and SIGHUP from outside would be lost in it.
+        """
+        self.has_handed_over = True
+        self._notifier.feed_no_more()
+        with self._lock:
+            if not self._stopping:
+                self._leave()
+                milter._hand_over(int(PATIENCE * 1000))
+                milter.stop()
 
     def _announce(self) -> None:
         """Say that a generation serves, once no new connection comes to the one before."""

@@ -68,7 +68,10 @@ class Run:
             assert self.process.poll() is None, self.log.read_text()
             return self._said() > before
 
-        wait_until("the filter serves", serves)
+        try:
+            wait_until("the filter serves", serves)
+        except TimeoutError:
+            pytest.fail(f"it does not serve:\n{self.log.read_text()}")
 
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
