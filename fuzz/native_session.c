@@ -2,7 +2,8 @@
  * order, with strings that end, and what is answered are packets.
  *
  * The first two bytes say which callbacks the filter has; the rest is what the MTA sends.  What a
- * callback does depends on the bytes that it gets.
+ * callback does depends on the bytes that it gets: it may be suspended, any number of times, and
+ * while it is, it does what a callback may do.
  */
 
 #include <assert.h>
@@ -11,8 +12,13 @@
 
 #include "engine/native/session.h"
 
-static unsigned choice; /* mixed from all that was seen */
-static bool in_message, closed, suspended_now;
+static unsigned choice;   /* mixed from all that was seen */
+static bool known;        /* the filter has a context, and is to be told when the session is over */
+static bool over;         /* the connection: nothing is called any more */
+static bool waiting;      /* a callback is suspended: no other one is called */
+static bool ending;       /* that callback is xxfi_abort or xxfi_close: it gives no answer */
+static bool closing;      /* it is xxfi_close: then the session is forgotten */
+static unsigned patience; /* so often may callbacks still be suspended */
 static int depth;
 static char *const lines[] = {"one", "two 100%% of it", NULL};
 
@@ -83,28 +89,54 @@ act(SMFICTX *ctx)
     }
 }
 
+/* A callback begins; its connection is known from the first one on. */
+static void
+begin(SMFICTX *ctx)
+{
+    assert(!over && !waiting && depth == 0);
+    depth++;
+    if (session_getpriv(ctx) == NULL) {
+        session_setpriv(ctx, &known);
+    }
+    known = true;
+    assert(session_getpriv(ctx) == &known);
+}
+
+/* It returns, or is suspended before it does. */
+static void
+end(SMFICTX *ctx)
+{
+    act(ctx);
+    if ((choice >> 20 & 7) == 0 && patience > 0) {
+        waiting = session_suspend(ctx);
+        patience -= waiting;
+        assert(!waiting || !session_suspend(ctx));
+    }
+    depth--;
+}
+
 static sfsistat
-done(SMFICTX *ctx)
+verdict(void)
 {
     static const sfsistat verdicts[] = {
         SMFIS_CONTINUE, SMFIS_CONTINUE, SMFIS_CONTINUE, SMFIS_REJECT,  SMFIS_TEMPFAIL,
         SMFIS_ACCEPT,   SMFIS_DISCARD,  SMFIS_SKIP,     SMFIS_NOREPLY, (sfsistat)99,
     };
 
-    assert(!closed && depth == 0);
-    depth++;
-    act(ctx);
-    if ((choice >> 20 & 7) == 0) {
-        suspended_now = session_suspend(ctx);
-    }
-    depth--;
     return verdicts[(choice >> 3) % (sizeof verdicts / sizeof *verdicts)];
+}
+
+static sfsistat
+done(SMFICTX *ctx)
+{
+    begin(ctx);
+    end(ctx);
+    return verdict();
 }
 
 static sfsistat
 on_connect(SMFICTX *ctx, char *name, _SOCK_ADDR *address)
 {
-    session_setpriv(ctx, &closed);
     see_string(name);
     if (address != NULL) {
         see((const char *)address, sizeof(struct sockaddr));
@@ -137,13 +169,6 @@ on_strings(SMFICTX *ctx, char **strings)
 }
 
 static sfsistat
-on_mail(SMFICTX *ctx, char **strings)
-{
-    in_message = true;
-    return on_strings(ctx, strings);
-}
-
-static sfsistat
 on_header(SMFICTX *ctx, char *name, char *value)
 {
     assert(*name != '\0');
@@ -169,17 +194,31 @@ on_step(SMFICTX *ctx)
 static sfsistat
 on_abort(SMFICTX *ctx)
 {
-    (void)ctx;
-    assert(!closed && depth == 0);
-    in_message = false;
+    see("abort", 5);
+    ending = true;
+    done(ctx);
+    ending = waiting;
     return SMFIS_CONTINUE;
+}
+
+static void
+forget(SMFICTX *ctx)
+{
+    session_setpriv(ctx, NULL);
+    known = false;
 }
 
 static sfsistat
 on_close(SMFICTX *ctx)
 {
-    assert(!closed && depth == 0);
-    session_setpriv(ctx, NULL);
+    assert(known && session_getpriv(ctx) == &known);
+    see("close", 5);
+    ending = closing = true;
+    done(ctx);
+    ending = closing = waiting;
+    if (!waiting) {
+        forget(ctx);
+    }
     return SMFIS_CONTINUE;
 }
 
@@ -192,6 +231,8 @@ on_negotiate(SMFICTX *ctx, unsigned long actions, unsigned long steps, unsigned 
 
     (void)two;
     (void)three;
+    begin(ctx);
+    depth--;
     see((const char *)&actions, sizeof actions);
     see((const char *)&steps, sizeof steps);
     session_setsymlist(ctx, (int)(choice % 9), list);
@@ -215,21 +256,50 @@ write_log(const char *level, const char *text)
     see_string(text);
 }
 
+/* Once `waiting` is over; like a callback, which may be suspended again. */
 static sfsistat
 complete(SMFICTX *session, void *data)
 {
-    (void)session;
-    return *(sfsistat *)data;
+    assert(data == &waiting && !waiting && depth == 0 && session_getpriv(session) == &known);
+    depth++;
+    see("complete", 8);
+    end(session);
+    if (waiting) {
+        return SMFIS_CONTINUE;
+    }
+    if (closing) {
+        forget(session);
+    }
+    ending = closing = false;
+    return (choice >> 16 & 15) == 0 ? SESSION_CUT_OFF : verdict();
 }
 
+/* Complete what is suspended; meanwhile the filter does this and that. */
+static enum session_result
+await(SMFICTX *session, enum session_result result)
+{
+    while (result == SESSION_SUSPENDED) {
+        assert(waiting);
+        act(session);
+        waiting = false;
+        result = session_complete(session, complete, &waiting);
+    }
+    assert(!waiting && !ending);
+    return result;
+}
+
+/* Packets that a filter may send; one at most, and that the last one, is the answer. */
 static void
-check_outbox(const struct outbox *outbox)
+check_outbox(const struct outbox *outbox, bool may_answer)
 {
     struct inbox inbox = {outbox->bytes, outbox->begin, outbox->end, outbox->room};
     struct packet packet;
 
     while (inbox_take(&inbox, 70000, &packet) == PACKET_THERE) {
-        assert(strchr("+-2<Qbcdehimqrstapy4fO", packet.command) != NULL);
+        bool answer = strchr("Oacdrsty", packet.command) != NULL;
+
+        assert(answer || strchr("+-2beihmpq", packet.command) != NULL);
+        assert(!answer || (may_answer && inbox_empty(&inbox)));
     }
     assert(inbox_empty(&inbox));
 }
@@ -241,7 +311,7 @@ choose_callbacks(struct smfiDesc *filter, unsigned bits)
     filter->xxfi_flags = SMFIF_ADDHDRS | SMFIF_CHGBODY;
     filter->xxfi_connect = bits & 1 ? NULL : on_connect;
     filter->xxfi_helo = bits & 2 ? NULL : on_text;
-    filter->xxfi_envfrom = bits & 4 ? NULL : on_mail;
+    filter->xxfi_envfrom = bits & 4 ? NULL : on_strings;
     filter->xxfi_envrcpt = bits & 8 ? NULL : on_strings;
     filter->xxfi_header = bits & 16 ? NULL : on_header;
     filter->xxfi_eoh = bits & 32 ? NULL : on_step;
@@ -264,38 +334,38 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct packet packet;
     size_t room;
     char *to;
+    enum session_result result;
 
     if (size < 2) {
         return 0;
     }
     choice = 2166136261u;
-    in_message = closed = suspended_now = false;
+    known = over = waiting = ending = closing = false;
+    patience = 1000;
     choose_callbacks(&filter, (unsigned)(data[0] | data[1] << 8));
     session_begin(&session, &filter, &driver, 65535);
     to = inbox_room(&inbox, size, &room);
     memcpy(to, data + 2, size - 2);
     inbox_add(&inbox, size - 2);
     while (inbox_take(&inbox, 65535, &packet) == PACKET_THERE) {
-        enum session_result result = session_take(&session, &packet);
+        bool may_answer = strchr("ADQK", packet.command) == NULL;
 
-        for (int again = 0; result == SESSION_SUSPENDED; again++) {
-            sfsistat verdict = again == 0 ? SMFIS_CONTINUE : SMFIS_TEMPFAIL;
-            suspended_now = false;
-            result = session_complete(&session, complete, &verdict);
-            if (suspended_now) {
-                assert(again < 2);
-            }
-        }
-        check_outbox(&session.outbox);
+        session_calls(&session, &packet);
+        result = await(&session, session_take(&session, &packet));
+        check_outbox(&session.outbox, may_answer);
         session.broken = (choice >> 24) == 1;
+        outbox_sent(&session.outbox, outbox_size(&session.outbox) / 2);
+        outbox_sent(&session.outbox, outbox_size(&session.outbox));
         if (result == SESSION_ENDS) {
             break;
         }
-        outbox_sent(&session.outbox, outbox_size(&session.outbox) / 2);
-        outbox_sent(&session.outbox, outbox_size(&session.outbox));
     }
-    session_end(&session);
-    closed = true;
+    assert(filter.xxfi_close == NULL || session_has_to_close(&session) == known);
+    result = await(&session, session_end(&session));
+    assert(result == SESSION_ENDS);
+    check_outbox(&session.outbox, false);
+    assert(!known || filter.xxfi_close == NULL);
+    over = true;
     session_free(&session);
     inbox_free(&inbox);
     return 0;
