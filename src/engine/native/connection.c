@@ -76,25 +76,30 @@ read_in_place(struct connection *connection, size_t missing)
 
 /* By way of the stack, as an inbox that is as large as what may come would be kept for nothing. */
 static size_t
-read_by_the_way(struct connection *connection)
+read_by_the_way(struct connection *connection, struct stock *stock)
 {
     char bytes[READ_SIZE];
     size_t room, count = judge_read(connection, recv(connection->fd, bytes, sizeof bytes, 0));
-    char *to = count > 0 ? inbox_room(&connection->inbox, count, &room) : NULL;
+    char *to;
 
-    if (count > 0 && to == NULL) {
+    if (count == 0) {
+        return 0;
+    }
+    if (count <= BOX_ROOM) {
+        inbox_lend(&connection->inbox, stock);
+    }
+    to = inbox_room(&connection->inbox, count, &room);
+    if (to == NULL) {
         connection->at_end = true;
         return 0;
     }
-    if (count > 0) {
-        memcpy(to, bytes, count);
-        inbox_add(&connection->inbox, count);
-    }
+    memcpy(to, bytes, count);
+    inbox_add(&connection->inbox, count);
     return count;
 }
 
 void
-connection_read(struct connection *connection)
+connection_read(struct connection *connection, struct stock *stock)
 {
     size_t missing = inbox_missing(&connection->inbox);
 
@@ -102,8 +107,15 @@ connection_read(struct connection *connection)
         read_in_place(connection, missing);
     }
     else {
-        read_by_the_way(connection);
+        read_by_the_way(connection, stock);
     }
+}
+
+void
+connection_reclaim(struct connection *connection, struct stock *stock)
+{
+    inbox_reclaim(&connection->inbox, stock);
+    outbox_reclaim(&connection->session.outbox, stock);
 }
 
 /* ------------------------------------------------------------------- writing */

@@ -56,7 +56,10 @@ struct connection *connection_new(int fd, const struct smfiDesc *filter,
 void connection_free(struct connection *connection);
 
 /* Read what there is, without waiting. */
-void connection_read(struct connection *connection);
+void connection_read(struct connection *connection, struct stock *stock);
+
+/* What has nothing in it takes no memory. */
+void connection_reclaim(struct connection *connection, struct stock *stock);
 
 /* Send what can be sent without waiting.  False where the connection is broken. */
 bool connection_send(struct connection *connection);

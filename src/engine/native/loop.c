@@ -47,6 +47,7 @@ struct loop {
     size_t connections;
     struct connection *queue, **queue_end;
     struct connection *served_by_leader;
+    struct stock stock;
     double next_timeout; /* not before then has a connection waited for too long */
     atomic_bool polling; /* the leader waits, and has to be woken */
     bool all_told;       /* all that were watched are queued, since they are to end */
@@ -168,12 +169,13 @@ unwatch(struct connection *connection)
     }
 }
 
-/* Have the poller wait for what comes next of it.  A connection that it cannot wait for is over. */
+/* Have the poller wait for what comes next of it; until then it takes little.  A connection that it cannot wait for is over. */
 static void
 watch_connection(struct connection *connection)
 {
     bool writing = connection_unsent(connection) > 0, done = true;
 
+    connection_reclaim(connection, &connection->loop->stock);
     if (!connection->watched) {
         done = poller_add(connection->loop->poller, connection->fd, connection, writing, false);
         connection->watched = done;
@@ -215,6 +217,7 @@ destroy(struct connection *connection)
 {
     unwatch(connection);
     unlink_connection(connection);
+    connection_reclaim(connection, &connection->loop->stock);
     connection_free(connection);
     if (accept_again != 0 && !listener_left) {
         accept_again = 1; /* at once */
@@ -422,9 +425,6 @@ settle(struct connection *connection, bool over)
         wake_leader(connection->loop); /* this thread may be none */
     }
     else {
-        if (inbox_empty(&connection->inbox)) {
-            inbox_free(&connection->inbox);
-        }
         connection->active = monotonic_now(); /* the MTA's time begins */
         connection->state = WATCHED;
         watch_connection(connection);
@@ -445,6 +445,9 @@ serve_queued(struct member *self, struct connection *connection)
     bool end_now = is_to_end(connection);
 
     connection->state = SERVED;
+    if (!connection->session.suspended) { /* else the outbox is whose who completes it */
+        outbox_lend(&connection->session.outbox, &connection->loop->stock);
+    }
     if (is_leader(self)) {
         connection->loop->served_by_leader = connection;
     }
@@ -669,7 +672,7 @@ on_connection(struct connection *connection, const struct poller_event *event)
         watch_connection(connection);
     }
     if (event->readable && !connection->writing) {
-        connection_read(connection);
+        connection_read(connection, &connection->loop->stock);
     }
     if (connection->state == WATCHED && has_work(connection) && !connection->writing) {
         enqueue(connection);
@@ -886,6 +889,15 @@ wanted_loops(void)
     return parallel < 1 ? 1 : parallel > MOST_LOOPS ? MOST_LOOPS : parallel;
 }
 
+/* What emptied boxes have left. */
+static void
+free_stocks(void)
+{
+    for (size_t i = 0; i < poller_count; i++) {
+        stock_free(&loops[i].stock);
+    }
+}
+
 static void
 close_loops(void (*close_poller)(struct poller *poller))
 {
@@ -1045,6 +1057,7 @@ loop_finish(void)
     }
     clean = let_go_of_all();
     close_listener();
+    free_stocks();
     close_loops(poller_close);
     return clean;
 }

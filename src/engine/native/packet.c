@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LEAST_ROOM 512
 #define KEPT_ROOM 4096 /* of an empty box that was used a moment ago */
 
 uint32_t
@@ -41,7 +40,7 @@ make_room(char **bytes, size_t *begin, size_t *end, size_t *room, size_t least)
     }
     if (*end + least > *room) {
         size_t wanted = used + least > 2 * used ? used + least : 2 * used;
-        size_t size = wanted > LEAST_ROOM ? wanted : LEAST_ROOM;
+        size_t size = wanted > BOX_ROOM ? wanted : BOX_ROOM;
         char *bigger = malloc(size);
 
         if (bigger == NULL) {
@@ -57,6 +56,41 @@ make_room(char **bytes, size_t *begin, size_t *end, size_t *room, size_t least)
         *room = size;
     }
     return true;
+}
+
+/* -------------------------------------------------------------------------- stock */
+
+static void
+lend(char **bytes, size_t *room, struct stock *stock)
+{
+    if (*bytes == NULL && stock->count > 0) {
+        *bytes = stock->rooms[--stock->count];
+        *room = BOX_ROOM;
+    }
+}
+
+static void
+reclaim(char **bytes, size_t *room, struct stock *stock)
+{
+    if (*bytes == NULL) {
+        return;
+    }
+    if (*room == BOX_ROOM && stock->count < MOST_IN_STOCK) {
+        stock->rooms[stock->count++] = *bytes;
+    }
+    else {
+        free(*bytes);
+    }
+    *bytes = NULL;
+    *room = 0;
+}
+
+void
+stock_free(struct stock *stock)
+{
+    while (stock->count > 0) {
+        free(stock->rooms[--stock->count]);
+    }
 }
 
 /* ------------------------------------------------------------------ what comes in */
@@ -137,6 +171,21 @@ inbox_empty(const struct inbox *inbox)
 }
 
 void
+inbox_lend(struct inbox *inbox, struct stock *stock)
+{
+    lend(&inbox->bytes, &inbox->room, stock);
+}
+
+void
+inbox_reclaim(struct inbox *inbox, struct stock *stock)
+{
+    if (inbox->begin == inbox->end) {
+        inbox->begin = inbox->end = 0;
+        reclaim(&inbox->bytes, &inbox->room, stock);
+    }
+}
+
+void
 inbox_free(struct inbox *inbox)
 {
     free(inbox->bytes);
@@ -181,6 +230,21 @@ outbox_sent(struct outbox *outbox, size_t count)
         if (outbox->room > KEPT_ROOM) {
             outbox_free(outbox);
         }
+    }
+}
+
+void
+outbox_lend(struct outbox *outbox, struct stock *stock)
+{
+    lend(&outbox->bytes, &outbox->room, stock);
+}
+
+void
+outbox_reclaim(struct outbox *outbox, struct stock *stock)
+{
+    if (outbox->begin == outbox->end) {
+        outbox->begin = outbox->end = 0;
+        reclaim(&outbox->bytes, &outbox->room, stock);
     }
 }
 

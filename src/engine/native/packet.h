@@ -18,6 +18,18 @@ struct packet {
     size_t size;
 };
 
+#define BOX_ROOM 512   /* bytes that a box has at least, where it has any */
+#define MOST_IN_STOCK 64
+
+/* Memory of boxes that were emptied, for those that are filled next: what waits for its MTA has
+ * none.  All zero is empty. */
+struct stock {
+    size_t count;
+    char *rooms[MOST_IN_STOCK]; /* of BOX_ROOM bytes */
+};
+
+void stock_free(struct stock *stock);
+
 /* What has come from the peer and was not taken yet.  All zero is empty. */
 struct inbox {
     char *bytes;
@@ -45,7 +57,9 @@ bool inbox_ready(const struct inbox *inbox, size_t max_data);
 /* Whether nothing of a packet has come that was not taken. */
 bool inbox_empty(const struct inbox *inbox);
 
-/* Give its memory back. */
+/* Give it memory from the stock where it has none, and back where there is nothing in it. */
+void inbox_lend(struct inbox *inbox, struct stock *stock);
+void inbox_reclaim(struct inbox *inbox, struct stock *stock);
 void inbox_free(struct inbox *inbox);
 
 /* What is to be sent.  All zero is empty. */
@@ -73,6 +87,10 @@ outbox_size(const struct outbox *outbox)
 
 /* So many bytes were sent. */
 void outbox_sent(struct outbox *outbox, size_t count);
+
+/* As with an inbox. */
+void outbox_lend(struct outbox *outbox, struct stock *stock);
+void outbox_reclaim(struct outbox *outbox, struct stock *stock);
 void outbox_free(struct outbox *outbox);
 
 uint32_t number_from(const char *bytes);

@@ -105,9 +105,8 @@ static void
 forget_macros(SMFICTX *session, int first)
 {
     for (int i = first; i < MACRO_STAGES; i++) {
-        free(session->macros[i].bytes);
-        session->macros[i].bytes = NULL;
-        session->macros[i].size = 0;
+        free(session->macros[i]);
+        session->macros[i] = NULL;
     }
 }
 
@@ -153,7 +152,7 @@ take_macros(SMFICTX *session, const struct packet *packet)
 {
     int stage;
     size_t size;
-    char *bytes;
+    struct macros *macros;
 
     if (packet->size == 0) {
         return reject_packet(session, packet);
@@ -166,14 +165,14 @@ take_macros(SMFICTX *session, const struct packet *packet)
     if (size == 0) {
         return SMFIS_NOREPLY;
     }
-    bytes = malloc(size);
-    if (bytes == NULL) {
+    macros = malloc(sizeof *macros + size);
+    if (macros == NULL) {
         return FAIL; /* better than a filter that misses what it needs to know */
     }
-    memcpy(bytes, packet->data + 1, size);
-    free(session->macros[stage].bytes);
-    session->macros[stage].bytes = bytes;
-    session->macros[stage].size = size;
+    macros->size = size;
+    memcpy(macros->bytes, packet->data + 1, size);
+    free(session->macros[stage]);
+    session->macros[stage] = macros;
     return SMFIS_NOREPLY;
 }
 
@@ -200,8 +199,9 @@ session_getsymval(SMFICTX *session, char *name)
         return NULL;
     }
     for (int i = MACRO_STAGES - 1; i >= 0; i--) {
-        char *at = session->macros[i].bytes;
-        char *end = at != NULL ? at + session->macros[i].size : NULL;
+        struct macros *macros = session->macros[i];
+        char *at = macros != NULL ? macros->bytes : NULL;
+        char *end = macros != NULL ? at + macros->size : NULL;
 
         while (at < end) {
             size_t name_size = strlen(at);
@@ -286,12 +286,11 @@ answer_negotiation(SMFICTX *session, uint32_t version, unsigned long steps)
 }
 
 static sfsistat
-negotiate(SMFICTX *session, const struct packet *packet)
+agree(SMFICTX *session, const struct packet *packet)
 {
     uint32_t version;
     unsigned long actions, steps, wanted;
 
-    forget_macros(session, 0);
     if (packet->size < NEGOTIATION_SIZE) {
         complain(session, "an offer of %zu bytes, which has 12 at least", packet->size);
         return FAIL;
@@ -327,6 +326,22 @@ negotiate(SMFICTX *session, const struct packet *packet)
         version = SMFI_PROT_VERSION;
     }
     return answer_negotiation(session, version, wanted & ~SMFI_INTERNAL) ? SMFIS_NOREPLY : FAIL;
+}
+
+static sfsistat
+negotiate(SMFICTX *session, const struct packet *packet)
+{
+    char *lists[MACRO_STAGES] = {NULL};
+    sfsistat result;
+
+    forget_macros(session, 0);
+    session->lists = lists;
+    result = agree(session, packet);
+    session->lists = NULL;
+    for (int i = 0; i < MACRO_STAGES; i++) {
+        free(lists[i]);
+    }
+    return result;
 }
 
 /* -------------------------------------------------------------- callbacks
@@ -793,9 +808,6 @@ void
 session_free(SMFICTX *session)
 {
     forget_macros(session, 0);
-    for (int i = 0; i < MACRO_STAGES; i++) {
-        free(session->lists[i]);
-    }
     free(session->reply);
     outbox_free(&session->outbox);
 }
@@ -818,7 +830,7 @@ session_getpriv(SMFICTX *session)
 int
 session_setsymlist(SMFICTX *session, int stage, char *macros)
 {
-    if (macros == NULL || stage < SMFIM_FIRST || stage > SMFIM_LAST ||
+    if (macros == NULL || stage < SMFIM_FIRST || stage > SMFIM_LAST || session->lists == NULL ||
         session->lists[stage] != NULL) {
         return MI_FAILURE;
     }

@@ -54,6 +54,11 @@ typedef sfsistat (*session_completion)(SMFICTX *session, void *data);
  */
 #define SESSION_CUT_OFF (-2)
 
+struct macros {
+    size_t size;
+    char bytes[]; /* names and values in turn, each with its NUL */
+};
+
 /* The session, which is the context that callbacks get.  What is not named here is session.c's. */
 struct smfi_str {
     const struct smfiDesc *filter;
@@ -78,11 +83,8 @@ struct smfi_str {
     unsigned long steps;     /* SMFIP_*, as the filter wants them */
     unsigned long mta_steps; /* SMFIP_*, that the MTA can do */
     char *reply;             /* setreply(), or NULL */
-    char *lists[MACRO_STAGES];
-    struct {
-        char *bytes; /* names and values in turn, each with its NUL */
-        size_t size;
-    } macros[MACRO_STAGES];
+    char **lists;            /* setsymlist(), by stage, while xxfi_negotiate runs; else NULL */
+    struct macros *macros[MACRO_STAGES];
 };
 
 void session_begin(SMFICTX *session, const struct smfiDesc *filter,
