@@ -57,6 +57,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct inbox inbox = {0};
     struct outbox outbox = {0};
+    struct stock stock = {0};
     size_t at = 0, given = 0, step;
     bool good = true;
 
@@ -69,8 +70,14 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     while (good && given < size) {
         size_t count = step < size - given ? step : size - given;
 
+        inbox_lend(&inbox, &stock);
         good = feed(&inbox, data + given, count, data, &at, &outbox);
         given += count;
+        inbox_reclaim(&inbox, &stock);
+        assert((inbox.bytes == NULL) == inbox_empty(&inbox));
+        outbox_lend(&outbox, &stock);
+        outbox_reclaim(&outbox, &stock);
+        assert((outbox.bytes == NULL) == (at == 0));
     }
     if (!good) { /* it has no command, or is too large, and that could be seen */
         size_t length = plain_length(data + at);
@@ -85,7 +92,10 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         size_t part = outbox_size(&outbox) < step ? outbox_size(&outbox) : step;
         outbox_sent(&outbox, part);
     }
+    outbox_reclaim(&outbox, &stock);
+    assert(outbox.bytes == NULL && outbox.room == 0);
     outbox_free(&outbox);
     inbox_free(&inbox);
+    stock_free(&stock);
     return 0;
 }

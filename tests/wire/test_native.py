@@ -5,6 +5,7 @@ descriptors that run out are waited for.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import resource
@@ -87,6 +88,65 @@ def test_an_idle_filter_sleeps(run_filter: Run, tmp_path: Path) -> None:
         wait_until(lambda: is_at_rest(running.pid), "it never rests")
         assert calls_of(running.pid, lambda: time.sleep(10), tmp_path / "idle") <= 5
     assert calls_of(running.pid, lambda: passes(running), tmp_path / "busy") > 20
+    assert running.stop() == 0
+
+
+# Keeps nothing, and says at HELO how much is allocated.
+IN_USE = """
+import ctypes
+
+names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+
+class Allocated(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+def tell(ctx, name):
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Allocated
+    say(mallinfo().uordblks)
+    return milter.CONTINUE
+
+milter.set_connect_callback(lambda ctx, *args: milter.CONTINUE)
+milter.set_helo_callback(tell)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="malloc does not tell what is in use"
+)
+def test_idle_connections_take_little_memory(run_filter: Run) -> None:
+    """Beside their objects, which have an allocator of their own; also after a message."""
+    running = run_filter("scripted", IN_USE)
+    macros = {"j": "mail.example.org", "{daemon_name}": "smtp", "v": "Postfix 3.7.11"}
+    count, told = 200, 0
+
+    def connected() -> MTA:
+        mta = running.mta(offer=Offer())
+        stack.enter_context(mta)
+        mta.connect_info("client.example", macros=macros)
+        return mta
+
+    def in_use() -> int:
+        nonlocal told
+        told += 1
+        asking.helo("client.example")
+        return int(running.wait_for("negotiate (", told)[len("negotiate (") : -len(",)")])
+
+    with contextlib.ExitStack() as stack:
+        asking = connected()
+        in_use()
+        before = in_use()
+        idle = [connected() for _ in range(count)]
+        took = [(in_use() - before) / count]
+        for mta in idle:
+            mta.mail("<alice@example.com>")
+            mta.rcpt("<bob@example.org>")
+            mta.data()
+            mta.header("Subject", "hello")
+            mta.eoh()
+            assert mta.eom().verdict is Verdict.CONTINUE
+        took.append((in_use() - before) / count)
+        assert max(took) < 768, took
     assert running.stop() == 0
 
 
