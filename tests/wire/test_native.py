@@ -177,6 +177,80 @@ def test_a_callback_that_blocks_delays_no_other(run_filter: Run) -> None:
     assert max(took) < 1
 
 
+# --- MTAs that do not read ---------------------------------------------------------------------
+
+
+def connected_socket(running: Any) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(running.socket.partition(":")[2])
+    return sock
+
+
+def test_an_mta_that_reads_nothing_is_given_up(run_filter: Run) -> None:
+    """Also where what it sent ahead waits for its turn."""
+    running = run_filter("scripted", "milter.settimeout(1)")
+    bodies = {"eom": "ctx.replacebody(b'x' * 200_000)"}
+    message = [b"M<alice@example.com>\0", b"R<bob@example.org>\0", b"T", b"N", b"E"]
+    passes(running)
+    with connected_socket(running) as sock:
+        talking = Session(running, MTA(sock, offer=Offer()), bodies)
+        talking.connect()
+        sock.settimeout(WAIT)  # MTA has made it one that does not wait
+        sock.sendall(50 * b"".join(len(packet).to_bytes(4, "big") + packet for packet in message))
+        talking.said()  # to its end
+    passes(running)
+    assert running.stop() == 0
+
+
+def test_after_half_a_packet_nothing_follows(run_filter: Run, tmp_path: Path) -> None:
+    """Or the MTA would take it for the rest of what the filter gave up to write."""
+    go_on = tmp_path / "go on"
+    running = run_filter("scripted", "milter.settimeout(1)")
+    bodies = {
+        "eom": f"""
+        import os, time
+        attempt(lambda: ctx.replacebody(b'x' * 5_000_000))
+        while not os.path.exists({str(go_on)!r}):
+            time.sleep(0.01)
+        """
+    }
+    passes(running)
+    with connected_socket(running) as sock:
+        mta = MTA(sock, offer=Offer())
+        talking = Session(running, mta, bodies)
+        talking.envelope()
+        mta.eoh()
+        mta.send_packet(b"E", b"")
+        assert talking.next()[0] == "raised"
+        sock.settimeout(WAIT)
+        received = b""
+        while select.select([sock], [], [], 0)[0]:
+            received += sock.recv(1 << 20)
+        go_on.touch()
+        while more := sock.recv(1 << 20):
+            received += more
+    assert received.startswith((65536).to_bytes(4, "big") + b"bxxx")
+    assert received.endswith(b"xxx")
+    assert running.stop() == 0
+
+
+def test_the_longest_timeouts_are_long(run_filter: Run) -> None:
+    """In milliseconds they are more than an int holds."""
+    running = run_filter("scripted", "milter.settimeout(536870912)")
+    size = 5_000_000
+    bodies = {"eom": f"say('writes')\nctx.replacebody(b'x' * {size})"}
+    with running.mta(offer=Offer()) as mta:
+        talking = Session(running, mta, bodies)
+        talking.envelope()
+        mta.eoh()
+        mta.send_packet(b"E", b"")
+        assert talking.next() == ("writes",)
+        while (packet := mta.read_packet()).command == b"b":
+            size -= len(packet.data)
+        assert (packet.command, size) == (b"c", 0)
+    assert running.stop() == 0
+
+
 # --- descriptors -------------------------------------------------------------------------------
 
 

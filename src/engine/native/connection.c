@@ -120,8 +120,8 @@ connection_reclaim(struct connection *connection, struct stock *stock)
 
 /* ------------------------------------------------------------------- writing */
 
-static bool
-note_broken(struct connection *connection)
+bool
+connection_break(struct connection *connection)
 {
     connection->session.broken = true;
     connection->at_end = true;
@@ -134,6 +134,9 @@ connection_send(struct connection *connection)
 {
     struct outbox *outbox = &connection->session.outbox;
 
+    if (connection->session.broken) { /* perhaps in the middle of a packet: nothing may follow */
+        return connection_break(connection);
+    }
     while (outbox_size(outbox) > 0) {
         ssize_t count =
             send(connection->fd, outbox->bytes + outbox->begin, outbox_size(outbox), MSG_NOSIGNAL);
@@ -146,10 +149,10 @@ connection_send(struct connection *connection)
             return true;
         }
         else if (errno != EINTR) {
-            return note_broken(connection);
+            return connection_break(connection);
         }
     }
-    return !connection->session.broken;
+    return true;
 }
 
 bool
@@ -160,7 +163,7 @@ connection_send_all(struct connection *connection, int timeout)
         int count = poll(&wait, 1, timeout);
 
         if (count == 0 || (count < 0 && errno != EINTR)) {
-            return note_broken(connection);
+            return connection_break(connection);
         }
     }
     return !connection->session.broken;

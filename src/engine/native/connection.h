@@ -3,6 +3,7 @@
 #ifndef PYMILTER_ENGINE_NATIVE_CONNECTION_H
 #define PYMILTER_ENGINE_NATIVE_CONNECTION_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "engine.h"
@@ -18,8 +19,8 @@ enum connection_state {
 
 /* What suspend() gives: it is one for each connection. */
 struct engine_suspended {
-    engine_completion complete; /* NULL until it is resumed */
     void *data;
+    _Atomic(engine_completion) complete; /* NULL until it is resumed; set after the data */
 };
 
 struct loop;
@@ -60,6 +61,9 @@ void connection_read(struct connection *connection, struct stock *stock);
 
 /* What has nothing in it takes no memory. */
 void connection_reclaim(struct connection *connection, struct stock *stock);
+
+/* It is over: what was not sent is dropped, and nothing more is sent.  False. */
+bool connection_break(struct connection *connection);
 
 /* Send what can be sent without waiting.  False where the connection is broken. */
 bool connection_send(struct connection *connection);

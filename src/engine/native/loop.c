@@ -3,6 +3,7 @@
 #include "loop.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -169,7 +170,8 @@ unwatch(struct connection *connection)
     }
 }
 
-/* Have the poller wait for what comes next of it; until then it takes little.  A connection that it cannot wait for is over. */
+/* Have the poller wait for what comes next of it; until then it takes little.  A connection that it
+ * cannot wait for is over. */
 static void
 watch_connection(struct connection *connection)
 {
@@ -353,7 +355,7 @@ serve(struct member *self, struct connection *connection)
             tell_of_hang_up(connection);
             return true;
         }
-        if (!resumed && !has_packet(connection)) {
+        if (!resumed && (connection->session.broken || !has_packet(connection))) {
             break;
         }
         if (!resumed && connection_unsent(connection) > 0) {
@@ -370,7 +372,7 @@ serve(struct member *self, struct connection *connection)
             return false;
         }
     }
-    return !connection->at_end || has_packet(connection);
+    return !connection->session.broken && (!connection->at_end || has_packet(connection));
 }
 
 /* The end of a connection, with the callbacks that belong to it; false where one is suspended. */
@@ -688,6 +690,9 @@ look_for_timeouts(struct loop *loop, double now)
     for (struct connection *each = loop->all, *next; each != NULL; each = next) {
         next = each->next;
         if (each->state == WATCHED && each->active + timeout_seconds <= now) {
+            if (each->writing) {
+                connection_break(each); /* its MTA does not take its answer */
+            }
             each->at_end = true;
             enqueue(each);
         }
@@ -818,7 +823,8 @@ driver_written(SMFICTX *session, bool urgent)
         return MI_SUCCESS;
     }
     released = hooks->release();
-    sent = connection_send_all(connection, timeout_seconds * 1000);
+    sent = connection_send_all(connection,
+                               timeout_seconds < INT_MAX / 1000 ? timeout_seconds * 1000 : INT_MAX);
     hooks->reacquire(released);
     return sent ? MI_SUCCESS : MI_FAILURE;
 }

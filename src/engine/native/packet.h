@@ -18,7 +18,7 @@ struct packet {
     size_t size;
 };
 
-#define BOX_ROOM 512   /* bytes that a box has at least, where it has any */
+#define BOX_ROOM 512 /* bytes that a box has at least, where it has any */
 #define MOST_IN_STOCK 64
 
 /* Memory of boxes that were emptied, for those that are filled next: what waits for its MTA has

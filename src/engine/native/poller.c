@@ -448,9 +448,13 @@ take_events(struct poller *poller, const struct pollfd *seen, size_t count,
     char bytes[64];
 
     for (size_t i = 0; i < count && kept < POLLER_EVENTS; i++) {
-        size_t place = place_of(poller, seen[i].fd);
+        size_t place;
 
-        if (seen[i].revents == 0 || place == poller->count) {
+        if (seen[i].revents == 0) {
+            continue;
+        }
+        place = place_of(poller, seen[i].fd);
+        if (place == poller->count) {
             continue; /* removed meanwhile */
         }
         if (poller->tags[place] == poller) {
