@@ -1,9 +1,9 @@
 /* libFuzzer on src/engine/native/session.c: whatever the packets are, the filter is called in
  * order, with strings that end, and what is answered are packets.
  *
- * The first two bytes say which callbacks the filter has; the rest is what the MTA sends.  What a
- * callback does depends on the bytes that it gets: it may be suspended, any number of times, and
- * while it is, it does what a callback may do.
+ * The first two bytes say which callbacks the filter has, and how often memory is short; the rest
+ * is what the MTA sends.  What a callback does depends on the bytes that it gets: it may be
+ * suspended, any number of times, and while it is, it does what a callback may do.
  */
 
 #include <assert.h>
@@ -21,6 +21,33 @@ static bool closing;      /* it is xxfi_close: then the session is forgotten */
 static unsigned patience; /* so often may callbacks still be suspended */
 static int depth;
 static char *const lines[] = {"one", "two 100%% of it", NULL};
+
+static unsigned shortage; /* each allocation of so many fails; 0: none does */
+static unsigned allocations;
+
+/* By the linker's --wrap. */
+void *__real_malloc(size_t size);
+void *__wrap_malloc(size_t size);
+char *__real_strdup(const char *text);
+char *__wrap_strdup(const char *text);
+
+static bool
+memory_is_short(void)
+{
+    return shortage != 0 && ++allocations % shortage == 0;
+}
+
+void *
+__wrap_malloc(size_t size)
+{
+    return memory_is_short() ? NULL : __real_malloc(size);
+}
+
+char *
+__wrap_strdup(const char *text)
+{
+    return memory_is_short() ? NULL : __real_strdup(text);
+}
 
 static void
 see(const char *bytes, size_t size)
@@ -347,6 +374,8 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     to = inbox_room(&inbox, size, &room);
     memcpy(to, data + 2, size - 2);
     inbox_add(&inbox, size - 2);
+    allocations = 0;
+    shortage = data[1] >> 5;
     while (inbox_take(&inbox, 65535, &packet) == PACKET_THERE) {
         bool may_answer = strchr("ADQK", packet.command) == NULL;
 
@@ -366,6 +395,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     check_outbox(&session.outbox, false);
     assert(!known || filter.xxfi_close == NULL);
     over = true;
+    shortage = 0;
     session_free(&session);
     inbox_free(&inbox);
     return 0;
