@@ -17,14 +17,16 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration import laboratory
 from integration.laboratory import Bench
 from integration.processes import WAIT, end, wait_until
+from support import faults
 
 MESSAGES = 25  # of each client
 DISTURBANCES = 5
@@ -34,13 +36,22 @@ PATIENCE = 90.0  # seconds: until a client's message must have been accepted
 class Run:
     """``python -m Milter run`` on the bench's socket."""
 
-    def __init__(self, bench: Bench, engine: str, workers: int, descriptors: int) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        engine: str,
+        workers: int = 1,
+        descriptors: int = 0,
+        filter_: str = "Stamp",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self._command = [sys.executable, "-m", "Milter", "run"]
-        self._command += [f"{Path(__file__).with_name('stamping.py')}:Stamp"]
+        self._command += [f"{Path(__file__).with_name('stamping.py')}:{filter_}"]
         self._command += ["--socket", f"unix:{bench.base}/filter.sock", "--engine", engine]
         self._command += ["--mode", "0666"]  # Postfix connects as a user of its own
         self._command += ["--workers", str(workers)] * (workers > 1)
         self._descriptors = descriptors
+        self._env = {**os.environ, **(env or {})}
         self.log = bench.base / "run.log"
 
     def start(self) -> None:
@@ -54,6 +65,7 @@ class Run:
                 self._command,
                 stdout=log,
                 stderr=log,
+                env=self._env,
                 start_new_session=True,
                 preexec_fn=limit,
             )
@@ -106,10 +118,12 @@ class Run:
 class Clients:
     """So many, each of which sends one message after another, a connection for each."""
 
-    def __init__(self, address: tuple[str, int], count: int) -> None:
+    def __init__(self, address: tuple[str, int], count: int, messages: int = MESSAGES) -> None:
         self._address = address
         self._count = count
+        self._messages = messages
         self._lock = threading.Condition()
+        self.names = {f"{each}-{number}" for each in range(count) for number in range(messages)}
         self.accepted = 0
         self.put_off = 0
 
@@ -128,7 +142,7 @@ class Clients:
             assert self._lock.wait_for(lambda: self.accepted >= accepted, PATIENCE)
 
     def _send_all(self, number: int) -> None:
-        for count in range(MESSAGES):
+        for count in range(self._messages):
             self._send(f"{number}-{count}")
 
     def _send(self, name: str) -> None:
@@ -154,13 +168,24 @@ class Clients:
 
 
 @contextlib.contextmanager
-def running(bench: Bench, engine: str, workers: int, descriptors: int) -> Iterator[Run]:
-    made = Run(bench, engine, workers, descriptors)
+def running(made: Run) -> Iterator[Run]:
     try:
         made.start()
         yield made
     finally:
         end(made.process)
+
+
+def arrived_once(arrived: list[Any], senders: Clients) -> None:
+    """All that the clients sent is there, and nothing else, with one stamp each."""
+    names: Counter[str] = Counter()
+    for _, content in arrived:
+        headers = content.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+        (name,) = (line for line in headers if line.startswith("X-Name: "))
+        names[name] += 1
+        assert sum(line.startswith("X-Stamp: ") for line in headers) == 1, content
+    assert set(names) == {f"X-Name: {name}" for name in senders.names}
+    assert set(names.values()) == {1}
 
 
 @pytest.mark.timeout(300)
@@ -183,7 +208,7 @@ def test_what_is_accepted_arrives_once(
 ) -> None:
     laboratory.require("postfix")
     with contextlib.closing(Bench("postfix")) as bench:
-        with running(bench, engine, workers, descriptors) as filter_:
+        with running(Run(bench, engine, workers, descriptors)) as filter_:
             with Clients(bench.server.addresses["unix"], clients) as senders:
                 steps = clients * MESSAGES // (DISTURBANCES + 1)
                 for count in range(1, DISTURBANCES + 1):
@@ -193,12 +218,39 @@ def test_what_is_accepted_arrives_once(
             arrived = bench.taken()
         if what in (Run.reload, Run.nothing):
             assert senders.put_off == 0, filter_.log.read_text()
-    names: Counter[str] = Counter()
-    for _, content in arrived:
-        headers = content.partition(b"\r\n\r\n")[0].decode().split("\r\n")
-        (name,) = (line for line in headers if line.startswith("X-Name: "))
-        names[name] += 1
-        assert sum(line.startswith("X-Stamp: ") for line in headers) == 1, content
-    wanted = {f"X-Name: {number}-{count}" for number in range(clients) for count in range(MESSAGES)}
-    assert set(names) == wanted
-    assert set(names.values()) == {1}
+    arrived_once(arrived, senders)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not faults.possible(), reason="system calls cannot be made to fail here")
+@pytest.mark.parametrize(
+    ("engine", "listener", "failing"),
+    [("libmilter", "impatient", 6), ("native", "unix", faults.ALWAYS)],
+)
+def test_what_is_accepted_while_no_thread_starts_arrives_once(
+    engine: str, listener: str, failing: int, tmp_path: Path
+) -> None:
+    """Each callback takes its time, so that more threads are wanted than there are.
+
+    libmilter never answers a connection for which it could not create one: the client is told 451
+    when Postfix's patience ends.
+    """
+    laboratory.require("postfix")
+    faulty = faults.Faults(tmp_path)
+    faulty.env.pop("PYTHONMALLOC", None)
+    with contextlib.closing(Bench("postfix")) as bench:
+        address = bench.server.addresses[listener]
+        with running(Run(bench, engine, filter_="Slow", env=faulty.env)) as filter_:
+            with Clients(address, 1, messages=1):
+                pass  # what the engine starts with is there
+            bench.server.settle()
+            bench.taken()
+            failures = faulty.failing(faults.THREADS, 1, failing)
+            with failures, Clients(address, 6, messages=3) as senders:
+                pass
+            assert faulty.seen > 0
+            bench.server.settle()
+            arrived = bench.taken()
+        if engine == "native":
+            assert senders.put_off == 0, filter_.log.read_text()
+    arrived_once(arrived, senders)
