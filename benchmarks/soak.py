@@ -30,7 +30,7 @@ GROWTH = 1 << 20  # bytes that the resident set may grow by all the same
 AT_EDGE = 10  # samples whose median counts at either end
 ANSWER = 60.0  # seconds that the filter has for what it is asked
 STEADY = 20  # looks, 0.05 s apart, at which nothing changes
-ENDING = 60.0  # seconds until it must have let go of everything
+ENDING = 90.0  # seconds until it must have let go of everything: threads may idle for 60
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class Sample:
 class Watched:
     """The filter under load, whose life can be looked at."""
 
-    def __init__(self, address: str, log: Path) -> None:
+    def __init__(self, address: str, log: Path, engine: str | None) -> None:
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "filters" / "soak.py"), address],
                 cwd=log.parent,
+                env={**os.environ, **({"PYMILTER_ENGINE": engine} if engine else {})},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -269,7 +270,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """One soak; returns all that was seen."""
     program = compile_load(directory)
     address = f"unix:{directory}/s"
-    watched = Watched(address, directory / "filter.log")
+    watched = Watched(address, directory / "filter.log", options.engine)
     load = None
     report: dict[str, Any] = {}
     try:
@@ -298,6 +299,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         verdict.faults.append(f"the filter ended with status {status}: {watched.said()}")
     return {
         "python": sys.version.split()[0],
+        "engine": options.engine or os.environ.get("PYMILTER_ENGINE") or "libmilter",
         "at_a_time": options.connections,
         "verdict": asdict(verdict),
         "load": report,
@@ -347,6 +349,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="until there were so many connections and so many messages (100000)",
     )
     add("--connections", type=int, default=8, metavar="C", help="at a time (8)")
+    add("--engine", choices=["libmilter", "native"], help="who speaks to the MTA (as usual)")
     add("--json", type=Path, metavar="FILE", help="write all that was seen")
     add("--plot", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
     options = parser.parse_args(arguments)

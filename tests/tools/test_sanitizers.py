@@ -228,6 +228,41 @@ def test_which_tools_are_asked_for(script: Any, arguments: list[str], names: lis
     assert request.whole == ("--whole" in arguments[:run])
 
 
+def test_an_engine_is_named(script: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    assert script.Request.read(["asan"]).engine == ""
+    assert script.Request.read(["asan", "--engine", "native"]).engine == "native"
+    for wrong in ("other", "asan"):
+        with pytest.raises(SystemExit):
+            script.Request.read(["asan", "--engine", wrong])
+        assert f"--engine {wrong}: there are libmilter and native" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["", "libmilter", "native"])
+def test_what_each_engine_does_is_tested_on_both(
+    script: Any, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "REPORTS", tmp_path)
+    played: dict[str, set[Path]] = {}
+
+    def play(path: str, *arguments: Any) -> int:
+        at = arguments.index("--engine")
+        played[arguments[at + 1]] = set(arguments[at + 2 :])
+        return 0
+
+    made = script.Build("asan", sys.executable)
+    monkeypatch.setattr(made, "play", play)
+    assert script.check(made, script.Request(engine=engine))
+    whole = set(script.whole_suite())
+    if engine:
+        assert played == {engine: whole}
+        return
+    assert played["libmilter"] == whole
+    folders = {path.parent.name for path in played["native"]}
+    assert folders == {"wire", "lifecycle", "mailfilter", "library", "integration"}
+    assert {path for path in whole if "coroutines" in path.name} <= played["native"]
+    assert {path for path in whole if path.parent.name == "wire"} <= played["native"]
+
+
 @pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("tool", ["asan", "clang", "valgrind", "tsan"])
 def test_each_tool_has_tests_that_are_there(script: Any, tool: str, short: bool) -> None:
