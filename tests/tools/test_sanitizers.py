@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import milter
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -308,6 +309,32 @@ def test_there_is_a_place_for_each_bug(script: Any, bug: str, tmp_path: Path) ->
     # what the bugs are made of is included in front
     assert before.endswith((ROOT / changed[0]).read_text())
     assert "on_helo(" in planted.partition(script.BUGS[bug])[0]
+
+
+def test_a_module_with_a_bug_is_the_one_that_is_loaded(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler is stood in for by a copy of the module that is installed."""
+
+    def compile_it(*_: Any, cwd: Path, **__: Any) -> subprocess.CompletedProcess[str]:
+        (cwd / "lib").mkdir()
+        shutil.copy(milter.__file__, cwd / "lib")
+        return subprocess.CompletedProcess([], 0, "")
+
+    made = script.Build("valgrind", sys.executable)
+    with monkeypatch.context() as patched:
+        patched.setattr(script.subprocess, "run", compile_it)
+        library = script.build_copy(made, "overflow", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", "import Milter, milter; print(milter.__file__)"],
+        env={**os.environ, "PYTHONPATH": str(library)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert Path(done.stdout.strip()).parent == library, done.stderr
 
 
 @pytest.mark.parametrize("how", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
