@@ -388,12 +388,53 @@ def parse_addr(t: str) -> list[str]:
 _TOKEN = re.compile(rf'{_QUOTED}"?|\\.?|\[[^][]*\]|\s+|[()<>,;:"[]|[^\s()<>,;:"\\[]+', re.DOTALL)
 
 
+_UNCLOSED = re.compile(rf'{_QUOTED}\Z', re.DOTALL)
+
+
+def _tokens(text: str) -> list[str]:
+    """Cut a header value; a quote that nothing closes is a character like any other."""
+    tokens: list[str] = _TOKEN.findall(text)
+    for at in range(max(0, len(tokens) - 2), len(tokens)):  # a backslash may follow
+        if _UNCLOSED.match(tokens[at]):
+            return [*tokens[:at], '"', *_TOKEN.findall("".join(tokens[at:])[1:])]
+    return tokens
+
+
+def _ends_in_its_address(tokens: list[str]) -> bool:
+    """Whether the only address in angle brackets ends the value, comments aside."""
+    depth = 0
+    opened = closed = False
+    for token in tokens:
+        if token == "(":
+            depth += 1
+        elif token == ")" and depth:
+            depth -= 1
+        elif depth or token.isspace():
+            continue
+        elif closed or (opened and token == "<"):
+            return False
+        elif token == "<":
+            opened = True
+        elif token == ">":
+            closed = opened
+    return closed
+
+
 class _Mailbox:
-    """The first mailbox of an address header, taken apart token by token."""
+    """The first mailbox of an address header, taken apart token by token.
+
+    Programs write names without the quotes that RFC 5322 asks for where these hold commas, colons,
+    semicolons and ``@``.  So where the value ends in its only address in angle brackets, all that
+    stands before is the name; otherwise these characters mean what they do in a list.
+    """
 
     def __init__(self, text: str) -> None:
-        self._tokens = _TOKEN.findall(text)
+        self._tokens = _tokens(text)
+        self._alone = _ends_in_its_address(self._tokens)
         self._tokens.reverse()  # so that taking the next one is cheap
+        self._group: list[str] = []  # the name, up to a colon
+        self._comments_close = True
+        self._odd = False  # whether the name is none by the RFC
         self._name: list[str] = []  # what a name would be, quotes undone
         self._spec: list[str] = []  # what an address would be, quotes kept
         self._first: str | None = None  # the address before the first comma
@@ -402,32 +443,32 @@ class _Mailbox:
     def parse(self) -> tuple[str, str]:
         while self._tokens:
             token = self._tokens.pop()
-            if token == "(":
+            if token == "(" and self._is_comment():
                 self._comment()
             elif token == "<":
                 return self._with_angle()
             elif token == ":":
+                self._group += [*self._name, token]
                 self._name, self._spec, self._first = [], [], None
             elif token in ",;":
                 if self._ends_at(token):
                     break
             elif token.isspace():
                 self._space()
-            elif token not in ")>":
-                self._name.append(_plain(token))
-                self._spec.append(token)
-            elif token == ")":
-                self._name.append(token)
+            else:
+                self._word(token)
         spec = _squeeze(self._spec)
         if self._first is not None:
             spec = self._first
-        elif "@" not in spec and not spec.startswith('"'):
-            spec = spec.partition(" ")[0]
+        else:
+            spec = _first_word(spec)
         if not _can_be_one(spec):
             return "", ""
         return _one_line(" ".join(self._comments)), spec
 
     def _space(self) -> None:
+        if self._group and not self._name:
+            self._group.append(" ")
         for pieces in (self._name, self._spec):
             if pieces and pieces[-1] != " ":
                 pieces.append(" ")
@@ -440,11 +481,36 @@ class _Mailbox:
         if self._first is None:
             spec = _squeeze(self._spec)
             if spec:
-                self._first = spec if "@" in spec else spec.partition(" ")[0]
-                if "@" in spec or token == ";":
+                self._first = _first_word(spec)
+                if not self._alone and ("@" in spec or token == ";"):
                     return True
         if self._name:
             self._name.append(token)
+            self._odd = True
+        return False
+
+    def _word(self, token: str) -> None:
+        """Take what may be a word of a name, or a piece of an address."""
+        quoted = token[0] == '"' != token
+        before = self._spec[-1] if self._spec else " "
+        if before != " " and (quoted or before[0] == '"' != before):
+            self._name.append(" ")
+        self._name.append(_plain(token) if quoted or token[0] == "\\" else token)
+        if token not in ")>(":
+            self._spec.append(token)
+        if not quoted and (token[0] in ")>[(" or "@" in token):
+            self._odd = True
+
+    def _is_comment(self) -> bool:
+        """Whether a parenthesis begins a comment: without an address it has to be closed, too."""
+        if self._spec or not self._comments_close:
+            return self._comments_close
+        depth = 1
+        for token in reversed(self._tokens):
+            depth += {"(": 1, ")": -1}.get(token, 0)
+            if not depth:
+                return True
+        self._comments_close = False
         return False
 
     def _comment(self) -> None:
@@ -476,10 +542,25 @@ class _Mailbox:
         address = _one_line("".join(spec), "")
         if address.startswith("@") and ":" in address:
             address = address.partition(":")[2]
+        if self._alone and (self._odd or not "".join(self._name).strip()):
+            self._name = [*self._group, *self._name]
         name = _one_line("".join(self._name)).strip()
         if self._comments:
             name = f"{name} ({' '.join(self._comments)})" if name else " ".join(self._comments)
         return _one_line(name), address if _can_be_one(address) else ""
+
+
+def _first_word(spec: str) -> str:
+    """What may be an address where there is none with a domain: the first word, without quotes."""
+    quoted = re.match(_QUOTED + '"', spec, re.DOTALL)
+    if quoted and not spec.startswith(("@", "."), quoted.end()):
+        return _unquote(quoted[0][1:-1])
+    return spec if "@" in _bare(spec) else spec.partition(" ")[0]
+
+
+def _bare(address: str) -> str:
+    """An address without what stands in quotes or brackets."""
+    return re.sub(rf'{_QUOTED}"?|\[[^][]*\]', "[]", address, flags=re.DOTALL)
 
 
 def _can_be_one(address: str) -> bool:
@@ -487,7 +568,7 @@ def _can_be_one(address: str) -> bool:
 
     Programs disagree on ``a@b@c``, and a sender could pass a check made for one of the domains.
     """
-    bare = re.sub(_QUOTED + '"?', "", address, flags=re.DOTALL)
+    bare = _bare(address)
     return bare.count("@") < 2 and not bare.endswith("@")
 
 
@@ -497,13 +578,15 @@ def _one_line(text: str, instead: str = " ") -> str:
 
 
 def _squeeze(pieces: list[str]) -> str:
-    """Join the pieces of an address; white space around its dots and ``@`` means nothing."""
+    """Join the pieces of an address; white space around its dots, ``@`` and after that is none."""
     out = ""
+    domain = False
     for i, piece in enumerate(pieces):
         if piece == " ":
             after = pieces[i + 1][0] if i + 1 < len(pieces) else "."
-            if out[-1] in "@." or after in "@.":
+            if domain or out[-1] in "@." or after in "@.":
                 continue
+        domain = domain or ("@" in piece and piece[0] != '"')
         out += piece
     return _one_line(out, "").strip()
 
@@ -512,8 +595,9 @@ def parseaddr(t: str) -> tuple[str, str]:
     """Return the name and the address of the first mailbox in a header value.
 
     Like :func:`email.utils.parseaddr`, but the same in every Python version, and it also reads
-    what mail programs of all kinds write: an unquoted ``@`` or comma in the name, a
-    source route in the address, comments in comments.  Never raises on a str.
+    what mail programs of all kinds write: unquoted ``@``, commas, semicolons and colons in the name
+    where the value ends in its only address in angle brackets, a source route in the address,
+    comments in comments, quotes and parentheses that nothing closes.  Never raises on a str.
 
     An address that programs read differently, with two ``@`` outside of quotes or nothing
     after the ``@``, is no address: it gives ``''``, as :func:`email.utils.parseaddr` does.
@@ -530,6 +614,8 @@ def parseaddr(t: str) -> tuple[str, str]:
     ('Real Name (comment)', 'addr@example.com')
     >>> parseaddr("a@example.com (Full Name)")
     ('Full Name', 'a@example.com')
+    >>> parseaddr("joe@example.com, Sales; EMEA <a@example.com>")
+    ('joe@example.com, Sales; EMEA', 'a@example.com')
     """
     return _Mailbox(t).parse()
 
@@ -600,8 +686,8 @@ def parse_header(val: str) -> str:
         if words and not gap.isspace() and gap:
             out.append(_join(words))
             words = []
-        if not words:
-            out.append(_unfold(gap))
+        if not words:  # blanks at the very beginning are the header's, not the value's
+            out.append(_unfold(gap) if done else _unfold(gap).lstrip())
         if words and words[-1].codec == word.codec:
             # One character's bytes may be spread over two words.
             words[-1].pieces += word.pieces

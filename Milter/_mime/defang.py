@@ -104,7 +104,7 @@ def _bad_name(
     for name in budget.timed(dict.fromkeys(name for _, name in names)):
         if len(name) > settings.MAX_NAME_TEXT:
             raise LimitExceeded(f"a name of more than {settings.MAX_NAME_TEXT} characters")
-        bad = ckname(name)
+        bad = ckname(name) if name else None
         if bad:
             return bad
     if not scan_zip or msg.is_multipart():
