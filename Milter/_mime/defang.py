@@ -13,6 +13,7 @@ from typing import Any
 from Milter._mime.boundaries import Boundaries
 from Milter._mime.codings import apply, as_bytes, as_str
 from Milter._mime.containers import names_in_text
+from Milter._mime.fields import is_subject
 from Milter._mime.html import check_packed, clean_html, clean_xml
 from Milter._mime.limits import CONTINUE, Budget, LimitExceeded, log, settings
 from Milter._mime.message import MimeMessage, message_from_file
@@ -101,6 +102,9 @@ def _bad_name(
     msg: MimeMessage, ckname: Callable[[str], object], scan_zip: bool, budget: Budget
 ) -> object:
     names = msg._getnames(False, budget)
+    if msg.is_multipart() and msg.get_content_maintype() == "message":
+        # mail programs name a message that they attach by its subject
+        names = [(attribute, name) for attribute, name in names if not is_subject(name)]
     for name in budget.timed(dict.fromkeys(name for _, name in names)):
         if len(name) > settings.MAX_NAME_TEXT:
             raise LimitExceeded(f"a name of more than {settings.MAX_NAME_TEXT} characters")

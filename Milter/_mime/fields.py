@@ -25,6 +25,12 @@ _INTERNAL_PARAMETERS = {
     *("boundary", "charset", "creation-date", "delsp", "format", "micalg", "modification-date"),
     *("protocol", "read-date", "report-type", "size", "start", "start-info", "type"),
 }
+# of message/partial and message/external-body (RFC 2046, 5.2.2 and 5.2.3; RFC 2017)
+_MESSAGE_PARAMETERS = {
+    *("access-type", "directory", "expiration", "id", "mode", "number", "permission", "server"),
+    *("site", "subject", "total", "url"),
+}
+_MESSAGE_TYPE = re.compile(r"[\s\"'<]*message\s*/", re.IGNORECASE)
 
 
 def unquote(s: str) -> str:
@@ -280,12 +286,15 @@ def header_names(text: str, internal: bool = False) -> Iterator[tuple[str, str]]
 
 def _reading_names(text: str, internal: bool) -> Iterator[tuple[str, str]]:
     segments: dict[str, list[_Segment]] = {}
+    other = _INTERNAL_PARAMETERS
+    if _MESSAGE_TYPE.match(text):
+        other = other | _MESSAGE_PARAMETERS
     for count, (label, value) in enumerate(_parameters(text)):
         if count > settings.MAX_PARAMETERS:
             return
         match = RFC2231_NAME.match(label)
         name = match.group(1) if match else label
-        if name in _INTERNAL_PARAMETERS and not internal:
+        if name in other and not internal:
             continue
         extended = bool(match and (match.group(3) or match.group(2) == ""))
         if match and match.group(2):  # a piece of a name is none
@@ -337,8 +346,22 @@ def _joined_variants(segments: list[_Segment]) -> Iterator[str]:
 
 
 _LONGEST_FILE_NAME = 255  # of any file system in use
-_URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:|//", re.IGNORECASE)
-_HOST_IN_PROSE = re.compile(r"\S*(?:@|://|www\.)|.*\.com\W*\Z", re.IGNORECASE)
+_URL = re.compile(
+    r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://|//|(?:about|cid|data|mailto|mid|news|tel|urn|uuid):",
+    re.IGNORECASE,
+)
+# The top-level domains that are extensions of programs too.
+_HOST_IN_PROSE = re.compile(r".*\.(?:com|website|ws)\W*\Z", re.IGNORECASE)
+
+
+def is_subject(name: str) -> bool:
+    """Whether a name is a sentence that ends in a host, as those of attached messages may be.
+
+    >>> is_subject("Your order at example.com"), is_subject("example.com"), is_subject("my a.exe")
+    (True, False, False)
+    """
+    words = name.split()
+    return len(words) > 1 and bool(_HOST_IN_PROSE.match(words[-1]))
 
 
 def described_names(header: str, value: str, file: bool, text: bool) -> Iterator[str]:
@@ -362,7 +385,7 @@ def described_names(header: str, value: str, file: bool, text: bool) -> Iterator
         words = name.split()
         if not words or len(name) > _LONGEST_FILE_NAME:
             continue
-        if prose and len(words) > 1 and (not file or _HOST_IN_PROSE.match(words[-1])):
+        if prose and len(words) > 1 and (not file or is_subject(name)):
             continue
         if prose and _URL.match(name):
             continue

@@ -271,6 +271,7 @@ def test_each_name_is_asked_for_once():
     asked = []
     for raw in (BAD, BAD.replace(b"a.exe", b"a.txt"), SCRIPT.replace(b"html", b"html; name=a.htm")):
         mime.defang(read(mixed(raw, b"\nhi\n")), None, asked.append, True, True)
+    mime.defang(read(mixed(b'Content-Type: a/b; name=""\n\nx\n')), None, asked.append)
     assert asked == ["a.exe", "a.txt", "a.htm"]
 
 

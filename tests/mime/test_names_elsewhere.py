@@ -91,10 +91,39 @@ def test_a_zip_that_its_description_names():
         BIN + b"X-Attachment-Id: f_example.com",
         BIN + b"X-MS-Has-Attach: a.exe",
         BIN + b"Subject: setup.exe",
+        BIN + b"Content-Description: all about http://www.example.ws",
+        # what message/partial and message/external-body have of their own
+        b'Content-Type: message/partial; id="1@example.com"; number=1; total=2',
+        b'Content-Type: message/external-body; access-type=anon-ftp; site="ftp.example.com"; name=a',
+        b"Content-Type: message/external-body; access-type=mail-server; server=a@example.com;\n"
+        b" subject=a.com",
+        b"Content-Type: message/external-body; access-type=URL; URL=http://example.com",
+        # mail programs name a message that they attach by its subject
+        b'Content-Type: message/rfc822; name="Your order at example.com"',
+        b'Content-Type: message/rfc822\nContent-Disposition: attachment; filename="Re: www.a.com!"',
     ],
 )
 def test_prose_and_addresses_are_no_names(raw):
     assert not harmful(raw + b"\n\nx\n")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        BIN + b"Content-Description: invoice:setup.exe",
+        BIN + b"Content-Description: invoice www.setup.exe",
+        BIN + b"Content-Description: invoice a@setup.exe",
+        BIN + b"Content-Description: invoice ://setup.exe",
+        BIN + b"Content-Location: invoice:setup.exe",
+        BIN.replace(b"stream", b"stream; name=example.com") + b"X: y",
+        BIN.replace(b"stream", b"stream; id=a.exe") + b"X: y",
+        b'Content-Type: message/external-body; access-type=anon-ftp; site="a"; name=setup.exe',
+        b"Content-Type: message/rfc822; name=setup.com",
+        b'Content-Type: message/rfc822; name="my www.setup.hta"',
+    ],
+)
+def test_what_only_resembles_prose_and_addresses(raw):
+    assert harmful(raw + b"\n\nx\n")
 
 
 def test_a_picture_with_a_program_for_its_description():
