@@ -34,10 +34,15 @@ _NOT_CHARSETS = frozenset(
 _LABELS = {
     "ascii": "ISO_646.irv:1983 ISO_646.basic:1983 INVARIANT iso-ir-2 irv ref csISO2IntlRefVersion",
     "big5": "cn-big5 big5-eten",
-    "cp1250": "ISO-8859-2-Windows-Latin-2 csWindows31Latin2",
+    "cp1250": "ISO-8859-2-Windows-Latin-2 csWindows31Latin2 ms-ee",
+    "cp1251": "ms-cyrl",
     "cp1252": "ISO-8859-1-Windows-3.0-Latin-1 ISO-8859-1-Windows-3.1-Latin-1 csWindows30Latin1"
-    " csWindows31Latin1",
-    "cp1254": "ISO-8859-9-Windows-Latin-5 csWindows31Latin5",
+    " csWindows31Latin1 ms-ansi",
+    "cp1253": "ms-greek",
+    "cp1254": "ISO-8859-9-Windows-Latin-5 csWindows31Latin5 ms-turk",
+    "cp1255": "ms-hebr",
+    "cp1256": "ms-arab",
+    "latin_1": "iso-latin-1",
     "cp1140": "ebcdic-us-37+euro",
     "cp858": "PC-Multilingual-850+euro",
     "cp932": "Windows-31J sjis-win mac-japanese",
@@ -61,8 +66,8 @@ _LABELS = {
     "mac_croatian": "mac-hr",
     "mac_cyrillic": "mac-ukrainian",
     "mac_iceland": "mac-icelandic",
-    "mac_latin2": "mac-ce mac-eastern-europe",
-    "mac_roman": "mac",
+    "mac_latin2": "mac-ce mac-eastern-europe mac-central-eur-roman",
+    "mac_roman": "mac macos-roman",
     "mac_romanian": "mac-romania",
     "shift_jis": "JIS_X0201 x0201 csHalfWidthKatakana",
     "tis_620": "tis-620-2533",
@@ -73,9 +78,11 @@ _LABELS = {
     " utf8mb4 utf-8-mac utf-8n",
 }
 
-# The numbers of Microsoft's code pages that are other charsets than "cp" and the number in Python.
+# The numbers of Microsoft's and IBM's code pages that are other charsets than "cp" and the number in Python.
 _CODE_PAGES = {
+    "878": "koi8_r",
     "936": "gbk",
+    "943": "cp932",
     "1200": "utf_16_le",
     "1201": "utf_16_be",
     "10000": "mac_roman",
