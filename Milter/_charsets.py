@@ -78,7 +78,8 @@ _LABELS = {
     " utf8mb4 utf-8-mac utf-8n",
 }
 
-# The numbers of Microsoft's and IBM's code pages that are other charsets than "cp" and the number in Python.
+# The numbers of code pages, Microsoft's and IBM's, that are other charsets than "cp" and the number
+# in Python.
 _CODE_PAGES = {
     "878": "koi8_r",
     "936": "gbk",

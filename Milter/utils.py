@@ -388,7 +388,7 @@ def parse_addr(t: str) -> list[str]:
 _TOKEN = re.compile(rf'{_QUOTED}"?|\\.?|\[[^][]*\]|\s+|[()<>,;:"[]|[^\s()<>,;:"\\[]+', re.DOTALL)
 
 
-_UNCLOSED = re.compile(rf'{_QUOTED}\Z', re.DOTALL)
+_UNCLOSED = re.compile(rf"{_QUOTED}\Z", re.DOTALL)
 
 
 def _tokens(text: str) -> list[str]:
@@ -458,10 +458,7 @@ class _Mailbox:
             else:
                 self._word(token)
         spec = _squeeze(self._spec)
-        if self._first is not None:
-            spec = self._first
-        else:
-            spec = _first_word(spec)
+        spec = _first_word(spec) if self._first is None else self._first
         if not _can_be_one(spec):
             return "", ""
         return _one_line(" ".join(self._comments)), spec

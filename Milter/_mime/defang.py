@@ -18,6 +18,7 @@ from Milter._mime.html import check_packed, clean_html, clean_xml
 from Milter._mime.limits import CONTINUE, Budget, LimitExceeded, log, settings
 from Milter._mime.message import MimeMessage, message_from_file
 from Milter._mime.names import check_ext, extensions
+from Milter._mime.parsing import BESIDE_CR, EARLY_END, lone_cr_readings
 from Milter._mime.xml import GZIP_MAGIC
 from Milter._mime.zips import is_zip_name
 
@@ -275,6 +276,7 @@ class _Run:
         self.savname = savname
         self.asked = check
         self._answers: dict[str, object] = {}
+        self._asked_ahead: frozenset[str] = frozenset()
         self.scan_rfc822 = scan_rfc822
         self.scan_zip = scan_zip
         self.budget = Budget()
@@ -283,6 +285,8 @@ class _Run:
 
     def check(self, name: str) -> object:
         """Ask the application about a name."""
+        if name in self._asked_ahead:
+            return self._answers[name]
         answer = self._answers[name] = self.asked(name)
         return answer
 
@@ -293,12 +297,37 @@ class _Run:
     def message(self, msg: MimeMessage, decoded: int = 0) -> None:
         """Check a message, or a part that is judged by itself, and what it will be read as."""
         before, self._cleaned = self._cleaned, []
+        self._excuse_lone_crs(msg, decoded)
         self.part(msg, decoded)
         if self._cleaned and self._reads_otherwise(msg):
             for part in self._cleaned:
                 log.warning("HTML removed: %s", _FALLS_APART)
                 _replace(part, _FALLS_APART, self.savname)
         self._cleaned = before
+
+    def _excuse_lone_crs(self, msg: MimeMessage, decoded: int) -> None:
+        """Let a message with lone CRs pass where it is harmless in every way they are read."""
+        parts = [part for part in msg.walk() if getattr(part, "_misread", None)]
+        if not any(part._misread in (EARLY_END, BESIDE_CR) for part in parts):
+            return
+        readings = [] if msg.ismodified() else lone_cr_readings(msg.as_bytes())
+        if readings and all(self._harmless(reading, decoded) for reading in readings):
+            for part in parts:
+                part._misread = None
+        self._asked_ahead = frozenset(self._answers)
+
+    def _harmless(self, raw: bytes, decoded: int) -> bool:
+        """Whether nothing of a message would have to go."""
+        msg = message_from_file(io.BytesIO(raw))
+        arguments = (self.check_again, self.scan_rfc822, self.scan_zip)
+        run = _Run(self.owner, self.savname, *arguments)
+        run.budget = self.budget
+        outer, _running.run = _running.run, run
+        try:
+            run.message(msg, decoded)
+        finally:
+            _running.run = outer
+        return not msg.ismodified()
 
     def _reads_otherwise(self, msg: MimeMessage) -> bool:
         """Whether the message, once it is written, has parts that nobody checked.

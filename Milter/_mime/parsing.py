@@ -71,6 +71,27 @@ def parse(raw: bytes, root: Part) -> None:
         _note_odd_boundaries(text, root)
 
 
+EARLY_END = "header that ends early"
+BESIDE_CR = "boundary beside a lone CR"
+
+
+def lone_cr_readings(raw: bytes) -> list[bytes]:
+    """The messages that readers see for whom a lone CR is not a line end as it is for the parser.
+
+    CRs before the end of a line belong to that for some, and elsewhere they are nothing, a blank,
+    or a line end, after which not every line is a field or a boundary.  Programs write them that
+    had the one in their input already.
+    """
+    if not _LONE_CR_BYTES.search(raw):
+        return []
+    ended = _CRS_AT_THE_END.sub(b"\r\n", raw)
+    found = [_LONE_CR_BYTES.sub(instead, ended) for instead in (b"", b" ")]
+    alike = b"\n" not in ended  # then two of them are an empty line, else perhaps none
+    for lines in (ended, ended if alike else _CRS_IN_A_ROW.sub(b"\r", ended)):
+        found.append(_LONE_CR_BYTES.sub(b"\n ", _CR_BEFORE_A_START.sub(b"\n", lines)))
+    return list(dict.fromkeys(found))
+
+
 # Readers disagree on where a line ends, on what a header may hold, and on what a boundary is.
 # The functions below find where the parser may have missed a part, or the header of one, that
 # others see.
@@ -85,6 +106,10 @@ _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 HEADER_LINE = re.compile(r"(From |[\041-\071\073-\176]*:|[\t ])")
 _HEADER_LINES = re.compile(r"(?:(?:From |[\041-\071\073-\176]*:|[\t ])[^\r\n]*(?:\r\n|\r|\n|\Z))*")
 _LONE_CR = re.compile(r"\r(?!\n)")
+_LONE_CR_BYTES = re.compile(rb"\r(?!\n)")
+_CR_BEFORE_A_START = re.compile(rb"\r(?=--|[!-9;-~]{1,100}[ \t]{0,9}:|\r|\Z)")
+_CRS_IN_A_ROW = re.compile(rb"\r+(?![\r\n])")
+_CRS_AT_THE_END = re.compile(rb"(?<!\r)\r{2,}\n")
 _UNFOLDED_CR = re.compile(r"\r(?![\n \t])")
 _LF_FIELD = re.compile(r"(?:(?<=\n)|\A)(content-[!-9;-~]+)[ \t]*:[ \t]*", re.IGNORECASE)
 _LF_FIELD_END = re.compile(r"\r*\n(?![ \t])|\r*\Z")
@@ -113,11 +138,11 @@ def _note_headers(text: str, root: Part) -> None:
         if id(part) in blocks:
             continue
         if _header_ends_early(text, part):
-            part._misread = "header that ends early"
+            part._misread = EARLY_END
         if lone_crs:
             part._other_fields = list(_lone_cr_fields(text, part))
             if any(n == "content-transfer-encoding" for n, _ in part._other_fields):
-                part._misread = "header that ends early"  # with it the body begins elsewhere
+                part._misread = EARLY_END  # with it the body begins elsewhere
 
 
 def _lone_cr_fields(text: str, part: Part) -> Iterator[tuple[str, str]]:
@@ -187,7 +212,7 @@ def _note_boundary(
         return
     part, rest = exact[0]
     if line.endswith("\r") or text[at.start() - 1 : at.start()] == "\r":
-        part._misread = "boundary beside a lone CR"
+        part._misread = BESIDE_CR
     elif rest:
         closed.add(id(part))
     elif id(part) in closed and _begins_part(text, at.end(), active, part):

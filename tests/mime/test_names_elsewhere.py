@@ -94,9 +94,8 @@ def test_a_zip_that_its_description_names():
         BIN + b"Content-Description: all about http://www.example.ws",
         # what message/partial and message/external-body have of their own
         b'Content-Type: message/partial; id="1@example.com"; number=1; total=2',
-        b'Content-Type: message/external-body; access-type=anon-ftp; site="ftp.example.com"; name=a',
-        b"Content-Type: message/external-body; access-type=mail-server; server=a@example.com;\n"
-        b" subject=a.com",
+        b'Content-Type: message/external-body; access-type=ftp; site="ftp.example.com"; name=a',
+        b"Content-Type: message/external-body; server=a@example.com; subject=a.com",
         b"Content-Type: message/external-body; access-type=URL; URL=http://example.com",
         # mail programs name a message that they attach by its subject
         b'Content-Type: message/rfc822; name="Your order at example.com"',
@@ -176,6 +175,38 @@ def test_a_lone_cr_within_a_header(header):
 def test_a_lone_cr_that_hides_nothing(header):
     for end in (b"\n", b"\r\n"):
         assert not harmful(b"MIME-Version: 1.0" + end + header + end + end + b"a\rb.exe" + end)
+
+
+WHOLE = (
+    b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=o\r\n\r\n--o\r\n"
+    b"Content-Type: text/html\r\n\r\n<p>hi\r\n--o\r\n"
+    b"Content-Type: application/pdf; name=a.pdf\r\n\r\nx\r\n--o--\r\n"
+)
+_HTML = b"Subject: a\rb\nContent-Type: text/html\nContent-Transfer-Encoding: base64\n\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        # a program that had CRLF in its input writes CR CR LF
+        (WHOLE.replace(b"\r\n", b"\r\r\n"), False),
+        (WHOLE.replace(b"1.0\r", b"1.0\r\r\r"), False),
+        (WHOLE.replace(b"\r\n", b"\r"), False),
+        (b"Subject: a\rb\nContent-Type: text/plain\n\nhi\n", False),
+        (_HTML + b"PHA+aGk=\n", False),
+        # what only some readers see in these counts as before
+        (WHOLE.replace(b"\r\n", b"\r\r\n").replace(b"a.pdf", b"a.exe"), True),
+        (WHOLE.replace(b"1.0\r", b"1.0\r\r").replace(b"<p>", b"<script>x()</script>"), True),
+        (b"Subject: a\rb\nContent-Type: text/plain; name=a.exe\n\nhi\n", True),
+        (_HTML + b"PHNjcmlwdD54KCk8L3NjcmlwdD4=\n", True),
+    ],
+)
+def test_lone_crs_in_whole_messages(raw, expected):
+    asked = []
+    msg = read(raw)
+    assert mime.defang(msg, check=lambda n: [asked.append(n), mime.check_ext(n)][1]) is expected
+    assert len(set(asked)) == len(asked) <= 1
+    assert expected or msg.as_bytes() == raw
 
 
 def test_a_replaced_part_keeps_nothing_of_what_a_lone_cr_hid():
