@@ -52,8 +52,8 @@ class _Client:
         self.answered = False
 
 
-def listen(address: tuple[str, int] | str, family: int, share: bool) -> socket.socket:
-    """A listening socket.
+def bind(address: tuple[str, int] | str, family: int, share: bool) -> socket.socket:
+    """A socket for ``Server``; nobody is sent there as long as it does not listen.
 
     Args:
         address: host and port, or the path of a unix socket.
@@ -61,7 +61,7 @@ def listen(address: tuple[str, int] | str, family: int, share: bool) -> socket.s
         share: whether other processes of this user may listen on that port too.
 
     Raises:
-        OSError: it cannot listen there.
+        OSError: it cannot be.
     """
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -71,8 +71,22 @@ def listen(address: tuple[str, int] | str, family: int, share: bool) -> socket.s
         if family != socket.AF_UNIX:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(MAX_CONNECTIONS)
         listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def listen(address: tuple[str, int] | str, family: int, share: bool) -> socket.socket:
+    """The same, and it listens.
+
+    Raises:
+        OSError: it cannot listen there.
+    """
+    listener = bind(address, family, share)
+    try:
+        listener.listen(MAX_CONNECTIONS)
     except BaseException:
         listener.close()
         raise

@@ -18,7 +18,7 @@ from . import _acl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 DEFAULT_MODE = 0o660
 #: Symbolic links in a path, as many as the kernel follows.
@@ -71,8 +71,7 @@ class Access:
             milter.error: it cannot be done; nothing is left open then.
         """
         if self.kind == "unix" and self._asked:
-            self.check_directory()
-            self._open_narrowly(rmsock)
+            self.bind(lambda: milter.opensocket(rmsock), shut)
         else:
             milter.opensocket(rmsock)
         try:
@@ -210,17 +209,27 @@ class Access:
 
     # --- the socket --------------------------------------------------------------------------
 
-    def _open_narrowly(self, rmsock: bool) -> None:
-        """At no time can anybody connect but this process' user and those it is meant for."""
+    def bind(self, make: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Have a unix socket made, to which at no time anybody can connect but this process' user
+        and those it is meant for.
+
+        Args:
+            make: makes it, at its path.
+            undo: takes it away.
+
+        Raises:
+            UnsafeError: the directory is none for it.
+        """
+        self.check_directory()
         before = os.umask(0o177)
         try:
-            milter.opensocket(rmsock)
+            make()
         finally:
             os.umask(before)
         try:
             self._give_access()
         except BaseException:
-            shut()
+            undo()
             raise
         if self._mode & stat.S_IWOTH:
             warn(f"mode {self._mode:04o}: every user of this machine can connect to {self.where}")

@@ -97,6 +97,18 @@ seconds.__name__ = "number of seconds"
 seconds.kinds = (int, float)  # type: ignore[attr-defined] # what it may be in a file
 
 
+def octal_mode(text: str) -> int:
+    """The mode of a file on the command line."""
+    value = int(text, 8)
+    if not 0 <= value <= 0o777 or not text.isdigit():
+        raise ValueError(text)
+    return value
+
+
+octal_mode.__name__ = "octal mode between 0 and 0777"
+octal_mode.kinds, octal_mode.is_octal = (str, int), True  # type: ignore[attr-defined]
+
+
 # --- sockets, as libmilter, Postfix and sendmail write them --------------------------------------
 
 SOCKET_HELP = """\
@@ -187,6 +199,11 @@ class FilterSocket:
     def _bracketed(self) -> str:
         host = self.client_host
         return f"[{host}]" if ":" in host else host
+
+
+def group_or_user(text: str | None) -> str | int | None:
+    """A name, or the number of a user or group that is written in digits."""
+    return int(text) if text and text.isascii() and text.isdigit() else text or None
 
 
 # --- filter classes ------------------------------------------------------------------------------

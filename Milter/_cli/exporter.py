@@ -1,9 +1,11 @@
 """``run --metrics``: the exporter of ``Milter.metrics``, through workers and reloads.
 
-The listening socket is opened once root was given up, by the process that was started, so that what
-is wrong is said at the start; the workers inherit it. After a reload both generations listen for a
-moment, and who gave way answers those who had come to it: on a port the system lets several
-processes of a user listen, in a directory the new socket takes the place of the old one.
+The socket is opened once root was given up, by the process that was started, so that what is wrong is
+said at the start; the workers inherit it. Nobody comes to it before the filter serves: it does not
+listen on a port, and has another name in its directory. So a reload that fails takes nothing from
+who serves. One that succeeds has both generations listen for a moment, and who gave way answers
+those who had come to it: on a port the system lets several processes of a user listen, in a
+directory the new socket takes the place of the old one.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Iterator
 
 from .. import metrics
 from .._logging import logger
-from .._metrics_http import Server, listen
+from .._metrics_http import MAX_CONNECTIONS, Server, bind, listen
 from .common import EXIT_ERROR, CommandError
 
 _log = logger("milter.metrics")
@@ -73,65 +76,68 @@ class Exporter:
             self._app = metrics._application()
         except (ValueError, ImportError) as exc:
             raise CommandError(f"--metrics: {exc}") from None
+        self._path = os.path.abspath(self._place.path) if self._place.path else ""
         self._is_reload = is_reload
         self._listener: socket.socket | None = None
         self._inode = (-1, -1)
         self._ends: tuple[socket.socket, socket.socket] | None = None
 
     def open(self) -> None:
-        """Begin to count, and listen; nobody is answered yet.
+        """Begin to count, and open the socket; nobody comes to it yet.
 
         :raises CommandError: it cannot listen there.
         """
-        try:
-            self._listener = self._listen_on_path() if self._place.path else self._listen_on_port()
+        with self._explained():
+            if self._place.path:
+                self._listener = self._bind_path()
+            else:
+                self._listener = self._bind_port()
+                port = self._listener.getsockname()[1]
+                self._place = dataclasses.replace(self._place, port=port)
             self._ends = socket.socketpair()
+        metrics.enable()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as exc:
             why = f"cannot listen on {self._place}: {exc.strerror or exc}"
             raise CommandError(f"--metrics: {why}", EXIT_ERROR) from exc
-        metrics.enable()
-        if self._place.path:
-            _log.info("metrics are on %s", self._place)
-        else:
-            port = self._listener.getsockname()[1]
-            place = dataclasses.replace(self._place, port=port)
-            _log.info("metrics are on http://%s/metrics", place)
 
-    def _listen_on_port(self) -> socket.socket:
+    def _bind_port(self) -> socket.socket:
         host, port = self._place.host, self._place.port
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, address = found[0][0], found[0][4]
         if port == 0:
-            return listen(address, family, share=False)  # type: ignore[arg-type]
+            return bind(address, family, share=False)  # type: ignore[arg-type]
         if not self._is_reload:
             # Another filter of this user, whose port may be shared as well, is found by this.
             listen(address, family, share=False).close()  # type: ignore[arg-type]
-        return listen(address, family, share=True)  # type: ignore[arg-type]
+        return bind(address, family, share=True)  # type: ignore[arg-type]
 
-    def _listen_on_path(self) -> socket.socket:
-        path = self._place.path
+    def _bind_path(self) -> socket.socket:
+        path = self._path
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise OSError(0, "there is something that is no socket")
             if not self._is_reload and _is_served(path):
                 raise OSError(0, "another process listens there")
-        new = f"{path}.{os.getpid()}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(new)
-        listener = listen(new, socket.AF_UNIX, share=False)
-        try:
-            status = os.lstat(new)
-            os.rename(new, path)
-        except OSError:
-            listener.close()
-            os.unlink(new)
-            raise
-        self._inode = (status.st_dev, status.st_ino)
+        _remove_if_left(self._new_path)  # of a generation that was killed
+        listener = listen(self._new_path, socket.AF_UNIX, share=False)
+        self._inode = _inode_of(self._new_path)
         return listener
+
+    @property
+    def _new_path(self) -> str:
+        return f"{self._path}.new"
 
     def serve(self) -> None:
         """Answer from now on, by a thread of this process."""
         assert self._listener is not None and self._ends is not None
+        if not self._place.path:
+            with self._explained():
+                self._listener.listen(MAX_CONNECTIONS)
         metrics.PrometheusServer(Server(self._listener, self._app, self._ends[0]))
         self._listener = None  # the thread's
 
@@ -140,6 +146,18 @@ class Exporter:
         assert self._ends is not None
         self._ends[1].close()
         self.serve()
+
+    def take_place(self) -> None:
+        """Have clients come here; to be called once the filter serves, before it says so.
+
+        :raises CommandError: that cannot be.
+        """
+        if self._place.path:
+            with self._explained():
+                os.rename(self._new_path, self._path)
+            _log.info("metrics are on %s", self._place)
+        else:
+            _log.info("metrics are on http://%s/metrics", self._place)
 
     def leave(self) -> None:
         """Others answer from now on: take nobody any more, here and in the workers."""
@@ -150,15 +168,39 @@ class Exporter:
             self._listener = None
 
     def close(self) -> None:
-        """The filter has ended: leave nothing behind."""
+        """The filter has ended: leave nothing behind, not of generations that were killed either.
+
+        May be called again: what another generation has is left to it.
+        """
         self.leave()
-        with contextlib.suppress(OSError):
-            status = os.lstat(self._place.path)
-            if (status.st_dev, status.st_ino) == self._inode:
-                os.unlink(self._place.path)
+        if not self._path:
+            return
+        for path in (self._path, self._new_path):
+            with contextlib.suppress(OSError):
+                if _inode_of(path) == self._inode:
+                    os.unlink(path)
+                else:
+                    _remove_if_left(path)
+
+
+def _inode_of(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def _remove_if_left(path: str) -> None:
+    """Remove a socket on which nobody listens any more, where there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and _knock(path) == errno.ECONNREFUSED:
+            os.unlink(path)
 
 
 def _is_served(path: str) -> bool:
+    return _knock(path) in (0, errno.EAGAIN, errno.EINPROGRESS)
+
+
+def _knock(path: str) -> int:
+    """The error of a connection, or 0."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(path) in (0, errno.EAGAIN, errno.EINPROGRESS)
+        return probe.connect_ex(path)

@@ -5,45 +5,41 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import grp
 import os
 import socket
 import stat
 from collections.abc import Iterator
 
-from .common import FilterSocket
+import milter
+
+from .._socket_setup import Access
+from .common import FilterSocket, group_or_user
 
 _BACKLOG = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where to listen, and who may connect to it.
-
-    :ivar mode: of a unix socket.
-    :ivar group: its number, -1 for that of the process.
-    """
+    """Where to listen, and who may connect to it."""
 
     socket: FilterSocket
-    mode: int
-    group: int
+    access: Access
 
     @classmethod
-    def of(cls, where: FilterSocket, mode: int, group: str | None) -> Place:
+    def of(cls, where: FilterSocket, mode: int | None, group: str | None) -> Place:
         """Read the arguments.
 
         :raises ValueError: one cannot be.
         """
         if where.kind == "fd":
-            raise ValueError("fd: is for run alone")
-        if where.is_tcp and group is not None:
-            raise ValueError("--group is for unix sockets")
-        if group is None:
-            return cls(where, mode, -1)
+            raise ValueError("--listen fd: is for run alone")
+        for option, value in (("mode", mode), ("group", group)):
+            if value is not None and where.kind != "unix":
+                raise ValueError(f"--{option} is for unix sockets, not for {where.libmilter}")
         try:
-            return cls(where, mode, grp.getgrnam(group).gr_gid)
-        except KeyError:
-            raise ValueError(f"--group {group!r}: there is no such group") from None
+            return cls(where, Access(where.libmilter, mode, group_or_user(group)))
+        except milter.InvalidArgument as exc:
+            raise ValueError(str(exc).replace("socket_group ", "--group ")) from None
 
 
 @contextlib.contextmanager
@@ -51,6 +47,7 @@ def listen(place: Place) -> Iterator[socket.socket]:
     """A listening socket; what it leaves in the file system goes with it.
 
     :raises OSError: it cannot be.
+    :raises milter.error: it cannot be given to those who are to connect, or that would be unsafe.
     """
     where = place.socket
     if where.kind == "unix":
@@ -68,21 +65,32 @@ def listen(place: Place) -> Iterator[socket.socket]:
 @contextlib.contextmanager
 def _unix(place: Place) -> Iterator[socket.socket]:
     path = place.socket.path
-    _remove_what_is_left(path)
+    inode = (-1, -1)
+
+    def make() -> None:
+        nonlocal inode
+        _remove_what_is_left(path)
+        listener.bind(path)
+        inode = _inode_of(path)
+
+    def remove() -> None:
+        # Never what somebody else has put there meanwhile.
+        with contextlib.suppress(OSError):
+            if _inode_of(path) == inode:
+                os.unlink(path)
+
     with socket.socket(socket.AF_UNIX) as listener:
-        before = os.umask(0o177)
+        place.access.bind(make, remove)
         try:
-            listener.bind(path)
-        finally:
-            os.umask(before)
-        try:
-            os.chown(path, -1, place.group)
-            os.chmod(path, place.mode)
             listener.listen(_BACKLOG)
             yield listener
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            remove()
+
+
+def _inode_of(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _remove_what_is_left(path: str) -> None:

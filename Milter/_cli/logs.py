@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import contextlib
 import json
 import logging
 import logging.config
@@ -105,11 +107,15 @@ class LogConfig:
             found = self._read_json(text) if form == ".json" else None
             self._check(toml.parse("--log-config", path, text) if found is None else found)
 
-    def apply(self) -> None:
+    def apply(self, is_reload: bool = False) -> None:
         """Log as it says, and no longer as before.
 
+        :param is_reload: who writes these files still must not lose them: where they are to begin
+            anew, they go on.
         :raises CommandError: that cannot be, such as where a file cannot be written.
         """
+        if is_reload:
+            self._keep_files()
         try:
             if self._ini is not None:
                 # What is typed for it since Python 3.12 only.
@@ -120,6 +126,14 @@ class LogConfig:
         except Exception as exc:
             # Whatever a handler raises that somebody wrote.
             raise CommandError(self._complaint(exc), EXIT_ERROR) from exc
+
+    def _keep_files(self) -> None:
+        for handler in self._dictionary.get("handlers", {}).values():
+            if str(handler.get("mode", "")).startswith("w"):
+                handler["mode"] = handler["mode"].replace("w", "a", 1)
+        for section in self._ini.sections() if self._ini is not None else ():
+            if section.startswith("handler_"):
+                _keep_file(self._ini[section])
 
     def _complaint(self, exc: Exception) -> str:
         """The section that cannot be configured, and why: the first cause of all."""
@@ -234,6 +248,17 @@ class LogConfig:
 
 def _named(found: Mapping[str, Any], section: str) -> list[tuple[str, Any]]:
     return [(f"{section}.{name}", table) for name, table in found.get(section, {}).items()]
+
+
+def _keep_file(handler: configparser.SectionProxy) -> None:
+    """Have a handler whose mode is the second argument, as a FileHandler's, or named, append."""
+    with contextlib.suppress(ValueError, SyntaxError, configparser.Error):
+        args = ast.literal_eval(handler.get("args", "()"))
+        if isinstance(args, tuple) and str(args[1:2]).startswith("('w"):
+            handler["args"] = repr((args[0], args[1].replace("w", "a", 1), *args[2:]))
+        kwargs = ast.literal_eval(handler.get("kwargs", "{}"))
+        if isinstance(kwargs, dict) and str(kwargs.get("mode", "")).startswith("w"):
+            handler["kwargs"] = repr({**kwargs, "mode": kwargs["mode"].replace("w", "a", 1)})
 
 
 def _form_of(text: str) -> str:

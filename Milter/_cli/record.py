@@ -15,16 +15,22 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 
+import milter
+
+from .._socket_setup import UnsafeError
+from .._systemd import Notifier
 from ..mta import FilterUnreachable, SocketAddress
 from ..mta.client import open_socket
 from . import streams
 from .common import (
     EXIT_ERROR,
     EXIT_OK,
+    EXIT_UNSAFE,
     EXIT_USAGE,
     SOCKET_HELP,
     FilterSocket,
     complain,
+    octal_mode,
     printable,
     show_report,
 )
@@ -47,12 +53,18 @@ the eyes of their owner only (mode 0600).
 Where the filter does not answer, the MTA's connection is closed.  Where a file
 cannot be written, that is logged and the session goes on.
 
+The directory of a unix socket to listen on must exist, and nobody but root and
+who starts this may be able to replace what is in it, as for "run".
+
 SIGTERM, SIGINT and SIGHUP stop it: sessions may go on for {_DRAIN:g} s, or to the second signal.
+Where systemd set NOTIFY_SOCKET it is told READY=1 and STOPPING=1, and WATCHDOG=1
+at half the interval of WATCHDOG_USEC.
 
 exit status:
   0  it was stopped
   1  it could not listen, or there is no such directory
   2  wrong arguments
+  3  refused as unsafe: the socket's directory
 """
 
 
@@ -83,8 +95,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--mode",
         metavar="MODE",
-        type=_mode,
-        default=0o660,
+        type=octal_mode,
         help="of a unix socket to listen on, octal (0660)",
     )
     parser.add_argument(
@@ -99,16 +110,8 @@ def _size(text: str) -> int:
     return value
 
 
-def _mode(text: str) -> int:
-    value = int(text, 8)
-    if not 0 <= value <= 0o777:
-        raise ValueError(text)
-    return value
-
-
 # argparse names the type in its complaint.
 _size.__name__ = "size of at least 1000 bytes"
-_mode.__name__ = "octal mode"
 
 
 def record(args: argparse.Namespace) -> int:
@@ -126,17 +129,24 @@ def record(args: argparse.Namespace) -> int:
     except OSError as exc:
         complain("record", f"--to {args.to!r}: {exc.strerror}")
         return EXIT_ERROR
-    with _signals() as stopped:
+    notifier = Notifier()
+    with _signals() as stopped, contextlib.closing(notifier):
         try:
             with listen(place) as listener:
                 _say(
                     f"listens on {args.listen} for the filter on {args.filter}; what it writes to "
                     f"{args.to} is private data: addresses, headers and bodies of mail"
                 )
+                notifier.ready(f"recording on {args.listen} for the filter on {args.filter}")
                 recorder = _Recorder(filter, args.to, args.max_size)
                 recorder.serve(listener, stopped)
-        except OSError as exc:
-            complain("record", f"cannot listen on {args.listen}: {exc.strerror or exc}")
+                notifier.stopping()
+        except UnsafeError as exc:
+            complain("record", exc)
+            return EXIT_UNSAFE
+        except (OSError, milter.error) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            complain("record", f"cannot listen on {args.listen}: {reason}")
             return EXIT_ERROR
         recorder.drain(stopped)
     return EXIT_OK

@@ -24,8 +24,10 @@ from .common import (
     CommandError,
     FilterSocket,
     complain,
+    group_or_user,
     load_filter,
     load_loop_factory,
+    octal_mode,
     printable,
     seconds,
     show_report,
@@ -155,7 +157,7 @@ def _add_serving_options(parser: argparse.ArgumentParser) -> None:
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
-        type=_mode,
+        type=octal_mode,
         help=f"of a unix socket, octal ({_socket_setup.DEFAULT_MODE:04o})",
         default=None,
     )
@@ -190,17 +192,6 @@ def _add_log_options(parser: argparse.ArgumentParser) -> None:
         type=_place_argument,
         help="answer Prometheus there; needs prometheus-client",
     )
-
-
-def _mode(text: str) -> int:
-    value = int(text, 8)
-    if not 0 <= value <= 0o777 or not text.isdigit():
-        raise ValueError(text)
-    return value
-
-
-_mode.__name__ = "octal mode between 0 and 0777"
-_mode.kinds, _mode.is_octal = (str, int), True  # type: ignore[attr-defined]
 
 
 def _place_argument(text: str) -> str:
@@ -297,6 +288,7 @@ class _Output:
 
     def __init__(self, args: argparse.Namespace, is_reload: bool) -> None:
         self._args = args
+        self._is_reload = is_reload
         self._log_config: logs.LogConfig | None = None
         self.access_log: AccessLog | None = None
         self.exporter: Exporter | None = None
@@ -318,7 +310,7 @@ class _Output:
             args = self._args
             logs.set_up(args.log_level, args.log_format, several=args.workers > 1)
         if self._log_config is not None and not self._gives_up_root:
-            self._log_config.apply()
+            self._log_config.apply(self._is_reload)
 
     @property
     def _gives_up_root(self) -> bool:
@@ -331,7 +323,7 @@ class _Output:
         :raises CommandError: a file or a port cannot be opened.
         """
         if was_root and self._log_config is not None:
-            self._log_config.apply()
+            self._log_config.apply(self._is_reload)
         if self.access_log is not None:
             try:
                 self.access_log.open()
@@ -376,7 +368,10 @@ def _serve(args: argparse.Namespace, generation: Generation | None, output: _Out
             _log.error("%s, which a reload replaced: %s", name, exc)
         finally:
             output.close()
-        life.wait_for_generations()
+        try:
+            life.wait_for_generations()
+        finally:
+            output.close()
     life.notifier.stopping()  # where it was stopped by other means than a signal
     _log.info("%s has stopped", name)
     life.notifier.close()
@@ -416,6 +411,7 @@ def _serve_alone(
     try:
         if output.exporter is not None:
             output.exporter.serve()
+            output.exporter.take_place()
         life.socket_is_open()
         _log.info("%s serves on %s", name, where.libmilter)
         life.serves(f"serving on {where.libmilter}", workers=False)
@@ -442,6 +438,8 @@ def _serve_with_workers(
     output: _Output,
 ) -> None:
     def tell_that_all_serve() -> None:
+        if output.exporter is not None:
+            output.exporter.take_place()
         _log.info("%s serves on %s with %d workers", name, where.libmilter, args.workers)
         life.serves(f"serving on {where.libmilter} with {args.workers} workers", workers=True)
 
@@ -502,15 +500,10 @@ def _access(
         mode = _socket_setup.DEFAULT_MODE
     try:
         return _socket_setup.Access(
-            where.libmilter, mode, _number(args.group), _number(user), _number(group)
+            where.libmilter, mode, group_or_user(args.group), group_or_user(user), group_or_user(group)
         )
     except ValueError as exc:
         raise CommandError(str(exc).removeprefix("socket_")) from None
-
-
-def _number(text: str | None) -> str | int | None:
-    """A name, or the number of a user or group that is written in digits."""
-    return int(text) if text and text.isascii() and text.isdigit() else text or None
 
 
 def _check_nobody_listens(where: FilterSocket) -> None:

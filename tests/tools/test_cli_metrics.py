@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -87,6 +88,55 @@ def test_it_answers_through_reloads(
         old.send(MESSAGE, recipients=["r@example.com"])
     assert filter_.stop() == 0, filter_.output
     assert not path.exists()
+
+
+#: Added to the module: a generation that ends when its socket is open, and it does not serve yet.
+FAILING = """
+import os
+import Milter.metrics
+
+def fail(server):
+    print("about to fail", sorted(os.listdir("run")), flush=True)
+    {how}
+
+Milter.metrics.PrometheusServer = fail
+"""
+
+
+@pytest.mark.parametrize("how", ["raise OSError(11, 'no more threads')", "os.kill(os.getpid(), 9)"])
+def test_a_reload_that_fails_takes_no_path(runner: Runner, how: str) -> None:
+    path = runner.place / "run" / "metrics"
+    filter_ = runner.start("hello:Hello", "--metrics", "unix:run/metrics")
+    send(filter_)
+    before = path.stat().st_ino
+    (runner.place / "hello.py").write_text(MODULE + FAILING.format(how=how))
+    for number in (1, 2):
+        filter_.process.send_signal(signal.SIGHUP)
+        filter_.wait_for("milter.run: not reloaded", number)
+        assert (path.stat().st_ino, messages(path)) == (before, 1.0)
+    # That of the first was removed, where it could not remove it itself.
+    assert "about to fail ['metrics', 'metrics.new', 's']" in filter_.output
+    (runner.place / "hello.py").write_text(MODULE)
+    filter_.process.send_signal(signal.SIGHUP)
+    filter_.wait_for("milter.run: reloaded:")
+    assert messages(path) == 0.0
+    (runner.place / "hello.py").write_text(MODULE + FAILING.format(how=how))
+    filter_.process.send_signal(signal.SIGHUP)
+    filter_.wait_for("milter.run: not reloaded", 3)
+    assert messages(path) == 0.0
+    assert filter_.stop() == 0, filter_.output
+    assert list((runner.place / "run").iterdir()) == []
+
+
+def test_a_generation_that_dies_leaves_nothing_behind(runner: Runner) -> None:
+    filter_ = runner.start("hello:Hello", "--metrics", "unix:run/metrics")
+    filter_.wait_for("serves on")
+    filter_.process.send_signal(signal.SIGHUP)
+    pid = re.search(r"pid (\d+)", filter_.wait_for("milter.run: reloaded:"))
+    assert pid is not None
+    os.kill(int(pid[1]), signal.SIGKILL)
+    assert filter_.wait() == 1
+    assert list((runner.place / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -499,6 +499,35 @@ def test_who_may_connect(run_filter: Any, record: Record, directory: Path) -> No
     assert not (directory / "record.sock").exists()
 
 
+def test_the_socket_of_another_is_left_alone(record: Record, directory: Path) -> None:
+    recorder = record("unix:/no/such")
+    recorder.process.wait_for("listens on")
+    (directory / "record.sock").unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(f"{directory}/record.sock")
+        assert recorder.process.stop() == 0
+        assert (directory / "record.sock").exists()
+
+
+def test_systemd_is_told(record: Record, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{directory}/notify")
+        manager.settimeout(WAIT)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{directory}/notify")
+        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        recorder = record("unix:/no/such")
+        assert manager.recv(4096).decode() == (
+            f"READY=1\nSTATUS=recording on unix:{directory}/record.sock for the filter on "
+            "unix:/no/such"
+        )
+        assert manager.recv(4096) == manager.recv(4096) == b"WATCHDOG=1"
+        assert recorder.process.stop() == 0
+        said = b"WATCHDOG=1"
+        while said == b"WATCHDOG=1":
+            said = manager.recv(4096)
+        assert said == b"STOPPING=1"
+
+
 def test_a_socket_that_was_left_is_no_obstacle(
     run_filter: Any, record: Record, directory: Path
 ) -> None:
@@ -519,15 +548,19 @@ def test_a_socket_that_was_left_is_no_obstacle(
         (["--group", "no such group"], 2, "--group 'no such group': there is no such group"),
         (["--listen", "inet:1@127.0.0.1", "--group", "root"], 2, "--group is for unix sockets"),
         (["--max-size", "10"], 2, "invalid size of at least 1000 bytes value: '10'"),
-        (["--mode", "999"], 2, "invalid octal mode value: '999'"),
+        (["--mode", "999"], 2, "--mode: invalid octal mode between 0 and 0777 value: '999'"),
+        (["--listen", "inet:1@127.0.0.1", "--mode", "0600"], 2, "--mode is for unix sockets"),
         (["--to", "{file}"], 1, "File exists"),
         (["--listen", "unix:{file}"], 1, "what is there is no socket"),
-        (["--listen", "unix:{directory}/no/such"], 1, "cannot listen on unix:"),
+        (["--listen", "unix:{directory}/no/such"], 3, "/no cannot be used: No such file or dir"),
+        (["--listen", "unix:{directory}/open/s"], 3, "everybody may write to the socket's directory"),
         (["--listen", "unix:{directory}/busy"], 1, "Address already in use"),
     ],
 )
 def test_what_it_cannot_do(directory: Path, options: list[str], status: int, said: str) -> None:
     (directory / "file").touch()
+    (directory / "open").mkdir()
+    (directory / "open").chmod(0o1777)
     known = {"--listen": f"unix:{directory}/a", "--filter": f"unix:{directory}/b"}
     known["--to"] = str(directory / "to")
     pairs = zip(options[::2], options[1::2])
