@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import MESSAGE, Runner
+from support.lifecycle import wait_until
 from support.process import WAIT
 
 MODULE = """
@@ -142,6 +143,31 @@ def test_a_reload_opens_the_files_anew(runner: Runner) -> None:
     assert filter_.stop() == 0
     assert "reloading: generation 2 is started" in old.read_text()
     assert "INFO|hello.sub|seen" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("log.json", JSON.replace('"filename"', '"mode": "w", "filename"')),
+        ("log.ini", INI.replace('("log",)', '("log", "w")')),
+        ("named.ini", INI.replace('("log",)', '("log",)\nkwargs = {"mode": "w"}')),
+    ],
+)
+def test_a_reload_takes_no_lines_from_who_serves(runner: Runner, name: str, text: str) -> None:
+    (runner.place / name).write_text(text)
+    (runner.place / "log").write_text("of the last time\n")
+    filter_ = runner.start("hello:Hello", "--log-config", name)
+    with filter_.mta() as mta:
+        mta.send(MESSAGE, recipients=["r@example.com"])
+        (runner.place / "hello.py").write_text("1 / 0")
+        filter_.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "not reloaded" in (runner.place / "log").read_text(), "it reloads")
+    assert filter_.stop() == 0
+    lines = (runner.place / "log").read_text().splitlines()
+    assert "of the last time" not in lines
+    assert f"INFO|milter.run|hello serves on {filter_.socket}" in lines
+    assert "INFO|hello.sub|seen" in lines
+    assert lines[-1] == "INFO|milter.run|hello has stopped"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
