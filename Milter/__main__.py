@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--print-completion",
         action=completion.PrintCompletion,
-        choices=["bash"],
+        choices=tuple(completion.SCRIPTS),
         help="print what the shell evaluates to complete commands and options, and exit",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
