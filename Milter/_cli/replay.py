@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ..mta import MTAError, Recording, Replay
+from ..mta import Difference, MTAError, Recording, Replay
 from . import batch
 from .common import EXIT_ERROR, EXIT_OK, complain, printable, show_report
 from .exchange import Failure, Plan
@@ -25,7 +25,7 @@ def replay(args: argparse.Namespace, plan: Plan) -> int:
 
     def work(number: int, name: str) -> tuple[str, Replay | Failure]:
         is_traced = plan.trace is not None and len(names) > 1
-        return name, _play(plan, name, args.ignore, f"[{number}] " if is_traced else "")
+        return name, _play(plan, name, args, f"[{number}] " if is_traced else "")
 
     for name, found in batch.each(work, names, args.connections, progress):
         progress.done += 1
@@ -55,7 +55,7 @@ def _files(names: list[str]) -> Iterator[str]:
         yield from (os.path.join(name, each) for each in found)
 
 
-def _play(plan: Plan, name: str, ignored: list[str], prefix: str) -> Replay | Failure:
+def _play(plan: Plan, name: str, args: argparse.Namespace, prefix: str) -> Replay | Failure:
     try:
         recording = Recording.load(name)
     except OSError as exc:
@@ -63,7 +63,11 @@ def _play(plan: Plan, name: str, ignored: list[str], prefix: str) -> Replay | Fa
     except ValueError as exc:
         return Failure("message", str(exc))
     try:
-        return plan.connect(None, prefix).replay(recording, ignored_headers=ignored)
+        return plan.connect(None, prefix).replay(
+            recording,
+            ignored_headers=args.ignore,
+            ignore_negotiation=args.ignore_negotiation,
+        )
     except MTAError as exc:
         return Failure.of(exc)
 
@@ -75,20 +79,26 @@ def _status(found: Replay | Failure) -> int:
 
 
 def _for_people(name: str, found: Replay) -> str:
-    if found.difference is None:
+    if not found.differences:
         return f"{printable(name)}: as recorded"
-    lines = str(found.difference).split("\n")
-    return "\n".join([f"{printable(name)}: {lines[0]}", *lines[1:]])
+    lines = [f"{printable(name)}: {each}" for each in found.differences]
+    if len(lines) == 1 and found.differences[0].goes_on:
+        lines.append(f"{printable(name)}: all else as recorded")
+    return "\n".join(lines)
 
 
 def _for_programs(name: str, found: Replay | Failure, socket: str) -> dict[str, Any]:
     if isinstance(found, Failure):
         return failure(found, socket=socket, file=name)
-    said: dict[str, Any] = {"socket": socket, "file": name, "difference": None}
-    if found.difference is not None:
-        stage = found.difference.stage
-        said["difference"] = {
-            **dataclasses.asdict(found.difference),
-            "stage": None if stage is None else stage.name,
-        }
-    return said
+    said = [_as_json(each) for each in found.differences]
+    return {
+        "socket": socket,
+        "file": name,
+        "difference": said[0] if said else None,
+        "differences": said,
+    }
+
+
+def _as_json(difference: Difference) -> dict[str, Any]:
+    stage = difference.stage
+    return {**dataclasses.asdict(difference), "stage": None if stage is None else stage.name}

@@ -38,7 +38,9 @@ message that is not 0.
 
 With --replay, each MESSAGE is a recording ("python -m Milter record"): what the
 MTA said is said again, and the first answer of the filter that is not as
-recorded is shown.  Options about envelope and session have no effect then.
+recorded is shown.  Where the filter negotiates something else, the rest is played
+as far as the MTA would say the same or less, else it is said why not.  Options
+about envelope and session have no effect then.
 
 An address may be followed by its ESMTP parameters:
   --rcpt 'bob@example.org NOTIFY=NEVER'
@@ -95,6 +97,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         help="with --replay: do not compare the values of this header, may be repeated",
+    )
+    parser.add_argument(
+        "--ignore-negotiation",
+        action="store_true",
+        help="with --replay: that the filter negotiates something else is no difference",
     )
     parser.add_argument(
         "--connections",

@@ -595,6 +595,7 @@ class MTA:
         recording: Recording | str | os.PathLike[str],
         *,
         ignored_headers: Collection[str] = (),
+        ignore_negotiation: bool = False,
     ) -> Replay:
         """Say what the MTA said in a recorded session, and compare the filter's answers.
 
@@ -604,6 +605,8 @@ class MTA:
         Args:
             recording: a session that ``python -m Milter record`` has written, or its file.
             ignored_headers: names of headers whose values may differ, such as those with a date.
+            ignore_negotiation: that the filter negotiates something else is no difference, as long as
+                the MTA would say the same, or less.
 
         Raises:
             OSError: the file cannot be read.
@@ -614,7 +617,7 @@ class MTA:
         if self._session.stage is not None:
             raise ValueError("replay needs a connection without negotiation: offer=None")
         try:
-            return Player(self, ignored_headers).play(recording)
+            return Player(self, ignored_headers, ignore_negotiation).play(recording)
         finally:
             self.close()
 

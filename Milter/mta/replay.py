@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .errors import FilterClosed, FilterTimeout, MTAError, ProtocolError
 from .recording import CLOSES, RAW, Entry, Recording, Splitter
+from .renegotiated import Renegotiated
 from .vocabulary import Modification, Reply, SmtpReply, Stage, Verdict
 from .wire import MODIFICATIONS, VERDICT_OF_REPLY, Packet, Parser
 from .words import Side, stage_of
@@ -16,7 +17,7 @@ from .words import Side, stage_of
 if TYPE_CHECKING:
     from .client import MTA
 
-_PROGRESS = b"p"
+_PROGRESS, _CONTINUE = b"p", b"c"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Difference:
     :ivar message: the number of the message in the session, 0 before the first.
     :ivar recorded: what the filter said then, in words.
     :ivar now: what it says now.
+    :ivar note: of a negotiation that differs, what becomes of the rest of the session.
+    :ivar goes_on: whether that was played.
     """
 
     line: int
@@ -35,25 +38,34 @@ class Difference:
     message: int
     recorded: str
     now: str
+    note: str = ""
+    goes_on: bool = False
 
     def __str__(self) -> str:
         where = f"line {self.line}, at {self.stage or 'the start'}"
         if self.message:
             where += f" of message {self.message}"
-        return f"{where}\n  recorded  {self.recorded}\n  now       {self.now}"
+        note = f"\n  {self.note}" if self.note else ""
+        return f"{where}\n  recorded  {self.recorded}\n  now       {self.now}{note}"
 
 
 @dataclass
 class Replay:
     """What came of playing a recording.
 
-    :ivar difference: the first; None where all answers are as recorded.  The answer that holds it
-        is heard out, and nothing is played after that.
+    :ivar differences: at most two, the second where the first is that of a negotiation after which
+        the rest could be played.  The answer that holds one is heard out, and nothing is played after
+        any other.
     :ivar answers: what the filter said now, each packet with the stage that it belongs to.
     """
 
-    difference: Difference | None = None
+    differences: list[Difference] = field(default_factory=list)
     answers: list[tuple[Stage, Packet]] = field(default_factory=list)
+
+    @property
+    def difference(self) -> Difference | None:
+        """The first; None where all answers are as recorded."""
+        return self.differences[0] if self.differences else None
 
     @property
     def replies(self) -> list[Reply]:
@@ -103,10 +115,18 @@ class Player:
 
     Args:
         ignored_headers: names of headers whose values may differ, such as those with a date.
+        ignore_negotiation: that it differs is no difference, where the rest can be played.
     """
 
-    def __init__(self, mta: MTA, ignored_headers: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        mta: MTA,
+        ignored_headers: Collection[str] = (),
+        ignore_negotiation: bool = False,
+    ) -> None:
         self._mta = mta
+        self._ignores_negotiation = ignore_negotiation
+        self._way = Renegotiated()
         self._ignored = {
             name.encode("utf-8", "surrogateescape").lower() for name in ignored_headers
         }
@@ -117,30 +137,58 @@ class Player:
         self._replay = Replay()
 
     def play(self, recording: Recording) -> Replay:
-        """Play it to the end, or to the first difference."""
+        """Play it to the end, or to the first difference after the negotiation."""
         for entry in recording.entries:
             if entry.side is Side.MTA:
-                self._say(entry)
+                now = self._say(entry)
+                recorded = "no answer"
+            elif self._is_left_out(entry):
                 continue
-            if entry.command == _PROGRESS:
-                continue
-            now = self._hear_end() if entry.is_end else self._hear(entry)
-            if now is not None:
-                self._replay.difference = Difference(
-                    entry.line, self._stage, self._message, str(entry), now
-                )
+            else:
+                now = self._hear_end() if entry.is_end else self._hear(entry)
+                recorded = str(entry)
+            if now is not None and not self._goes_on(entry, recorded, now):
                 break
-            if entry.is_end or entry.name == RAW:
+            if entry.side is Side.FILTER and (entry.is_end or entry.name == RAW):
                 break  # the filter says nothing more
         return self._replay
 
-    def _say(self, entry: Entry) -> None:
+    def _is_left_out(self, entry: Entry) -> bool:
+        """Whether the filter is not asked, or does not answer, where it did so then."""
+        if entry.is_end or entry.name == RAW:
+            return False
+        silent = self._stage in self._way.left_out or self._stage in self._way.silent
+        return silent or entry.command == _PROGRESS
+
+    def _goes_on(self, entry: Entry, recorded: str, now: str) -> bool:
+        """Note a difference; returns whether what follows can be played nevertheless."""
+        if self._stage is Stage.NEGOTIATE and self._is_negotiation(entry):
+            _, packet = self._replay.answers[-1]
+            self._way = Renegotiated.between(entry.data, packet.data)
+            if self._ignores_negotiation and not self._way.obstacle:
+                return True
+            note, goes_on = str(self._way), not self._way.obstacle
+        else:
+            note, goes_on = "", False
+        self._replay.differences.append(
+            Difference(entry.line, self._stage, self._message, recorded, now, note, goes_on)
+        )
+        return goes_on
+
+    def _is_negotiation(self, entry: Entry) -> bool:
+        command = Stage.NEGOTIATE.value
+        answers = self._replay.answers
+        return entry.command == command and bool(answers) and answers[-1][1].command == command
+
+    def _say(self, entry: Entry) -> str | None:
+        """Say it; returns what the filter answers, where it did not then and now does not go on."""
         self._stage = stage_of(entry.command or b"") or self._stage
         if _is_of_mail(entry) and not (self._before and _is_of_mail(self._before)):
             self._message += 1
         self._before = entry
-        if self._is_broken:
-            return
+        stage = stage_of(entry.command or b"")
+        if self._is_broken or stage in self._way.left_out:
+            return None
         try:
             if entry.is_end:
                 self._mta.half_close()
@@ -149,6 +197,9 @@ class Player:
         except FilterClosed:
             # What the filter has said before is still to be read.
             self._is_broken = True
+        if stage in self._way.answered:
+            return self._hear(Entry.packet(Side.FILTER, 0.0, _CONTINUE, b""))
+        return None
 
     def _hear(self, entry: Entry) -> str | None:
         """What the filter says instead of what was recorded, None where it says just that."""

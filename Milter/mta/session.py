@@ -146,7 +146,7 @@ def next_state(state: State, command: Command, verdict: Verdict) -> State:
 
 # --- what was agreed on --------------------------------------------------------------------------
 
-_NO_STEP = {
+NO_STEP = {
     Stage.CONNECT: Step.NOCONNECT,
     Stage.HELO: Step.NOHELO,
     Stage.MAIL: Step.NOMAIL,
@@ -158,7 +158,7 @@ _NO_STEP = {
     Stage.UNKNOWN: Step.NOUNKNOWN,
 }
 
-_NO_REPLY = {
+NO_REPLY = {
     Stage.CONNECT: Step.NR_CONN,
     Stage.HELO: Step.NR_HELO,
     Stage.MAIL: Step.NR_MAIL,
@@ -267,14 +267,14 @@ class Session:
         if command.stage is Stage.MAIL:
             self._skipped.clear()
         stage = command.stage
-        sent = stage not in self._skipped and not self._agreed(_NO_STEP, stage)
+        sent = stage not in self._skipped and not self._agreed(NO_STEP, stage)
         self._begin(command)
         # MTAs send the envelope's macros even with a step that the filter does not want.
         data = self._macro_packet(command) if sent or stage is not Stage.EOH else b""
         if not sent:
             self._answer(command, Reply(stage, Verdict.NOT_SENT))
             return data
-        if self._agreed(_NO_REPLY, stage):
+        if self._agreed(NO_REPLY, stage):
             self._answer(command, Reply(stage, Verdict.NO_REPLY))
         else:
             self._due = command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from Milter.mta import (
     Replay,
     SmtpReply,
     Stage,
+    Step,
     Verdict,
 )
 
@@ -42,6 +44,11 @@ mta 1.2 closes
 ADDED = frame(b"h", b"X-Date\0monday\0")
 INSERTED = frame(b"i", index(0) + b"X-Date\0monday\0")
 REPLY = frame(b"y", b"550 5.7.1 no\0")
+
+
+def escaped(number: int) -> str:
+    """In a recording."""
+    return "".join(f"\\x{byte:02x}" for byte in struct.pack("!L", number))
 
 
 def replay(script: Script, text: str = SESSION, **options: Any) -> Replay:
@@ -155,6 +162,72 @@ def test_the_answer_that_differs_is_heard_out() -> None:
     assert (found.difference.recorded, found.difference.now) == ("continue", "quarantine: odd")
     last = found.replies[-1]
     assert (last.stage, last.verdict, len(last.modifications)) == (Stage.EOM, Verdict.DISCARD, 4)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "script", "differences"),
+    [
+        # Other actions, and another list of macros.
+        (0, optneg(actions=1, rest=struct.pack("!L", 3) + b"i\0"), [OK], []),
+        # MAIL is not wanted any more; nor answered; is answered now.
+        (0, optneg(steps=Step.NOMAIL), [], []),
+        (0, optneg(steps=Step.NR_MAIL), [b""], []),
+        (Step.NR_MAIL, optneg(), [OK], []),
+        (Step.NR_MAIL, optneg(), [frame(b"r")], [("no answer", "reject")]),
+        # Verdicts that it understands, and recipients that it is told of.
+        (Step.SKIP, optneg(steps=Step.RCPT_REJ), [OK], []),
+    ],
+    ids=["actions", "unwanted", "silent", "answered", "rejected", "skip"],
+)
+def test_the_rest_is_played_after_another_negotiation(
+    then: int, now: bytes, script: list[bytes], differences: list[tuple[str, str]]
+) -> None:
+    text = SESSION.replace("\\xff\\0\\0\\0\\0\n", f"\\xff{escaped(then)}\n")
+    if then & Step.NR_MAIL:
+        text = text.replace("filter 0.4 continue\n", "")
+
+    def play(peer: Peer) -> None:
+        with contextlib.suppress(EOFError):
+            peer.answer(now, *script, ADDED + INSERTED + REPLY)
+            peer.receive()
+
+    found = replay(play, text)
+    assert found.difference is not None
+    assert (found.difference.stage, found.difference.goes_on) == (Stage.NEGOTIATE, True)
+    assert [(each.recorded, each.now) for each in found.differences[1:]] == differences
+    found = replay(play, text, ignore_negotiation=True)
+    assert [(each.recorded, each.now) for each in found.differences] == differences
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "why"),
+    [
+        (0, optneg(version=2), "the MTA would speak another version of the protocol"),
+        (
+            Step.NOHELO | Step.NODATA | Step.NOUNKNOWN,
+            optneg(),
+            "the filter wants HELO, DATA now, which the MTA did not send then",
+        ),
+        (
+            0,
+            optneg(steps=Step.HDR_LEADSPC),
+            "the MTA would send other blanks before the values of headers",
+        ),
+        (
+            Step.RCPT_REJ,
+            optneg(),
+            "the MTA would not send recipients that it refused itself",
+        ),
+    ],
+)
+def test_the_rest_cannot_be_played(then: int, now: bytes, why: str) -> None:
+    text = SESSION.replace("\\xff\\0\\0\\0\\0\n", f"\\xff{escaped(then)}\n")
+    for options in ({}, {"ignore_negotiation": True}):
+        (found,) = replay(answers(negotiation=now), text, **options).differences
+        assert not found.goes_on
+        assert str(found).endswith(
+            f"\n  the rest is not played, as {why}: record such a session anew"
+        )
 
 
 def test_a_difference_in_words() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import stat
@@ -189,14 +190,76 @@ def test_the_first_difference_is_shown(run_filter: Any, record: Record, engine: 
     done = replay(filter_.socket, "--json", path, other)
     same, differs = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 1
-    assert same == {"socket": filter_.socket, "file": str(path), "difference": None}
+    assert same == {
+        "socket": filter_.socket,
+        "file": str(path),
+        "difference": None,
+        "differences": [],
+    }
     assert differs["difference"] == {
         "line": line,
         "stage": "EOM",
         "message": 1,
         "recorded": "reply: 550 5.7.1 no",
         "now": "reply: 550 5.7.2 no",
+        "note": "",
+        "goes_on": False,
     }
+    assert differs["differences"] == [differs["difference"]]
+
+
+#: A filter that asks for what is left here, and for MAIL alone of the steps before a message's end.
+ASKING = """
+import sys, Milter
+class A(Milter.Base):
+    {more}
+    def envfrom(self, sender, *params): return Milter.CONTINUE
+    def eom(self): return Milter.{verdict}
+Milter.factory = A
+Milter.runmilter('a', sys.argv[1])
+"""
+HELO = "def hello(self, name): return Milter.CONTINUE"
+
+
+def test_another_negotiation(run_filter: Any, record: Record, directory: Path) -> None:
+    """The rest is played where the MTA would have said the same, or less."""
+
+    def asking(name: str, more: str = "", verdict: str = "ACCEPT") -> Filter:
+        source = ASKING.format(more=more, verdict=verdict)
+        filter_: Filter = run_filter(source=source, socket=f"unix:{directory}/{name}")
+        filter_.mta().quit()
+        return filter_
+
+    recorder = record(asking("then", HELO).socket)
+    with recorder.mta() as mta:
+        mta.send(MESSAGE, recipients=["b@x"])
+    (path,) = recorder.files()
+
+    less = asking("less").socket
+    done = replay(less, path)
+    first, recorded, now, note, last = done.stdout.splitlines()
+    assert re.fullmatch(rf"{path}: line \d+, at negotiation", first)
+    assert ("NOHELO" in recorded, "NOHELO" in now) == (False, True)
+    assert note == "  the rest is played without HELO"
+    assert (done.returncode, last) == (1, f"{path}: all else as recorded")
+    done = replay(less, "--ignore-negotiation", path)
+    assert (done.returncode, done.stdout) == (0, f"{path}: as recorded\n")
+
+    drops = asking("drops", verdict="DISCARD").socket
+    for options, count in (((), 2), (("--ignore-negotiation",), 1)):
+        done = replay(drops, *options, path)
+        assert done.returncode == 1
+        assert done.stdout.count(": line ") == count
+        assert done.stdout.endswith("  recorded  accept\n  now       discard\n")
+
+    more = asking("more", HELO + "\n    def data(self): return Milter.CONTINUE").socket
+    for options in ((), ("--ignore-negotiation",)):
+        done = replay(more, *options, path)
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[3:] == [
+            "  the rest is not played, as the filter wants DATA now, which the MTA did not send then: "
+            "record such a session anew"
+        ]
 
 
 def test_values_that_may_differ(run_filter: Any, record: Record) -> None:
