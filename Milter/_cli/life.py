@@ -110,6 +110,11 @@ class Life:
         finally:
             for number, before in previous.items():
                 signal.signal(number, before)
+            if self._generation is not None:
+                # systemd signals each process of a service, and then the overseer does: what comes
+                # while the interpreter ends is no news.
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
 
     def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
         self.notifier.stopping()

@@ -387,6 +387,8 @@ class Overseer:
                 self._refused(child.reason or f"{child} ended with status {code}")
         elif child is self._current:
             self._current = None
+            if code == -signal.SIGTERM and self._stopping:
+                code = 0  # a second one, where it had ended but for its interpreter
             if code != 0:
                 self.status = 1
             _log.log(40 if code else 20, "%s, which served, ended with status %d", child, code)

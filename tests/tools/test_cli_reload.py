@@ -188,6 +188,28 @@ def test_a_stop_does_not_wait_for_connections_of_before(
         each.close()
 
 
+#: systemd signals each process of a service, and the process that was started passes that on.
+TWICE = """
+import atexit, os, signal
+
+def once_more():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("ended in order", flush=True)
+
+atexit.register(once_more)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_is_no_failure(start: Start, place: Path, workers: str) -> None:
+    filter_ = start("--workers", workers)
+    filter_.wait_for(" serves on ")
+    write(place, "2", TWICE)
+    reload(filter_, 1)
+    assert filter_.stop() == 0, filter_.output
+    assert "ended in order" in filter_.output
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
