@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
+        # argparse's words for an option that is given a value though it takes none.
+        message = message.replace("ignored explicit argument", "it takes no value such as")
         if _Parser.wants_json:
             common.show_report(self.prog, common.error_as_json(message, "arguments", 2))
         super().error(message)
@@ -77,9 +80,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _Parser.wants_json = "--json" in (sys.argv[1:] if argv is None else argv)
     args, rest = parser.parse_known_args(argv)
     if rest and not (args.command == "config" and config.take_class(args, rest)):
-        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        command_parser = commands.choices[args.command]
+        command_parser.error(f"unrecognized arguments: {_with_near_ones(rest, command_parser)}")
     args.argv = list(sys.argv[1:] if argv is None else argv)
     return args
+
+
+def _with_near_ones(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """The words, and what options that nobody knows may have been meant to be."""
+    known = [each for each in parser._option_string_actions if each[:2] == "--"]
+    hints = []
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], known, 1, 0.75)
+        hints += [f"did you mean {near[0]}?" for _ in near if word[:2] == "--"]
+    return " ".join([*words, *(f"({hint})" for hint in hints)])
 
 
 if __name__ == "__main__":

@@ -68,6 +68,15 @@ def show_report(command: str, text: str) -> None:
         streams.note(f"python -m Milter {command}: warning: cannot write the report: {reason}")
 
 
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Have a ValueError name the option whose value it is about."""
+    try:
+        yield
+    except ValueError as exc:
+        raise ValueError(f"{option}: {exc}") from None
+
+
 def error_as_json(text: str, kind: str, status: int, **more: object) -> str:
     """An error as a JSON object, for programs: *kind* is one word, *status* the exit status."""
     return json.dumps({**more, "error": text, "kind": kind, "status": status})
@@ -93,7 +102,7 @@ def seconds(text: str) -> float:
 
 
 # argparse names the type in its complaint.
-seconds.__name__ = "number of seconds"
+seconds.__name__ = "number of seconds from 0 to 86400"
 seconds.kinds = (int, float)  # type: ignore[attr-defined] # what it may be in a file
 
 

@@ -98,7 +98,7 @@ def _whole(text: str) -> int:
     return value
 
 
-_whole.__name__ = "number of whole seconds from 1"
+_whole.__name__ = "number of whole seconds from 1 to 86400"
 
 
 def config(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import secrets
 import socket
 import time
@@ -22,7 +23,7 @@ from ..mta import (
     commands,
 )
 from ..mta.macros import Macros
-from .common import EXIT_ERROR, EXIT_USAGE, FilterSocket, error_kind
+from .common import EXIT_ERROR, EXIT_USAGE, FilterSocket, error_kind, naming
 from .envelope import parse_address
 from .report import Outcome
 from .tracing import tracer
@@ -92,7 +93,7 @@ class Plan:
         address = None if args.client_addr == "unknown" else args.client_addr
         plan = cls(
             name=args.socket,
-            address=FilterSocket.parse(args.socket).address,
+            address=_filter_of(args.socket),
             offer=Offer.for_version(args.protocol_version),
             timeout=args.timeout,
             wait=args.wait,
@@ -118,12 +119,24 @@ class Plan:
 
         :raises ValueError: an argument cannot be.
         """
-        commands.connect_info(self.client.name, self.client.address, self.client.port)
-        commands.helo(self.client.name if self.helo is None else self.helo)
-        commands.mail(self.sender.address, self.sender.params)
+        with naming("--client-name"):
+            commands.connect_info(self.client.name, None, 0)
+        try:
+            commands.connect_info(self.client.name, self.client.address, self.client.port)
+        except ValueError:
+            raise ValueError(
+                f"--client-addr {self.client.address!r}: write an IPv4 or IPv6 address, a /path, or "
+                "unknown"
+            ) from None
+        with naming("--helo"):
+            commands.helo(self.client.name if self.helo is None else self.helo)
+        with naming("--from"):
+            commands.mail(self.sender.address, self.sender.params)
         for one in self.recipients:
-            commands.rcpt(one.address, one.params, one.rejected)
-        Macros().define(self.macros, Stage.CONNECT)
+            with naming("--rcpt" if one.rejected is None else "--rejected-rcpt"):
+                commands.rcpt(one.address, one.params, one.rejected)
+        with naming("--macro"):
+            Macros().define(self.macros, Stage.CONNECT)
 
     def connect(self, offer: Offer | None, prefix: str = "") -> MTA:
         """A connection to the filter; *prefix* stands before each line of the trace."""
@@ -181,8 +194,15 @@ def _ended(body: bytes) -> bytes:
     return body + (b"\n" if body.endswith(b"\r") else b"\r\n")
 
 
+def _filter_of(text: str) -> SocketAddress:
+    where = FilterSocket.parse(text)
+    if where.kind == "unix" and os.path.isfile(where.path):
+        raise ValueError(f"{text!r} is a file and no socket: SOCKET comes first, then MESSAGE")
+    return where.address
+
+
 def _macro(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name.rpartition(":")[2]:
-        raise ValueError(f"macro {text!r}: write NAME=VALUE or STAGE:NAME=VALUE")
+        raise ValueError(f"--macro {text!r}: write NAME=VALUE or STAGE:NAME=VALUE")
     return name, value

@@ -30,6 +30,7 @@ from .common import (
     SOCKET_HELP,
     FilterSocket,
     complain,
+    naming,
     octal_mode,
     printable,
     show_report,
@@ -117,8 +118,14 @@ _size.__name__ = "size of at least 1000 bytes"
 def record(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit status."""
     try:
-        place = Place.of(FilterSocket.parse(args.listen), args.mode, args.group)
-        filter = FilterSocket.parse(args.filter).address
+        with naming("--listen"):
+            where = FilterSocket.parse(args.listen)
+        with naming("--filter"):
+            target = FilterSocket.parse(args.filter)
+            filter = target.address
+        if where == target:
+            raise ValueError(f"--listen and --filter are the same: {args.listen}")
+        place = Place.of(where, args.mode, args.group)
     except ValueError as exc:
         complain("record", exc)
         return EXIT_USAGE
@@ -127,7 +134,8 @@ def record(args: argparse.Namespace) -> int:
         if not os.access(args.to, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as exc:
-        complain("record", f"--to {args.to!r}: {exc.strerror}")
+        reason = os.strerror(errno.ENOTDIR) if exc.errno == errno.EEXIST else exc.strerror
+        complain("record", f"--to {args.to!r}: {reason}")
         return EXIT_ERROR
     notifier = Notifier()
     with _signals() as stopped, contextlib.closing(notifier):

@@ -267,8 +267,10 @@ def _change_directory(path: str) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     _Output(args, is_reload=False)
+    _set_engine(args)
     if args.socket is not None:
         _parse_socket(args)
+    _check_names(args)
     findings = inspect_filter(load_filter(args.filter))
     if args.loop_factory is not None:
         load_loop_factory(args.loop_factory)
@@ -461,17 +463,21 @@ def _serve_with_workers(
 
 def _prepare(name: str, conn: str, args: argparse.Namespace) -> None:
     """All that ``runmilter`` does before it opens the socket."""
-    if args.engine is not None:
-        try:
-            Milter.set_engine(args.engine)
-        except Milter.InvalidArgument as exc:
-            raise CommandError(str(exc).replace("set_engine: name:", "--engine:")) from None
+    _set_engine(args)
     Milter.setconn(conn)
     if args.timeout:
         Milter.settimeout(math.ceil(args.timeout))
     if args.drain_timeout is not None:
         Milter.set_drain_timeout(args.drain_timeout)
     _runner.register_callbacks(name)
+
+
+def _set_engine(args: argparse.Namespace) -> None:
+    if args.engine is not None:
+        try:
+            Milter.set_engine(args.engine)
+        except Milter.InvalidArgument as exc:
+            raise CommandError(str(exc).replace("set_engine: name:", "--engine:")) from None
 
 
 # --- the socket ----------------------------------------------------------------------------------
@@ -491,6 +497,7 @@ def _parse_socket(args: argparse.Namespace) -> FilterSocket:
 def _access(
     where: FilterSocket, args: argparse.Namespace, generation: Generation | None
 ) -> _socket_setup.Access:
+    _check_names(args)
     user, _, group = (args.user or "").partition(":")
     if generation is not None:
         # Opened and given away by the process that was started, which has become that user.
@@ -503,7 +510,24 @@ def _access(
             where.libmilter, mode, group_or_user(args.group), group_or_user(user), group_or_user(group)
         )
     except ValueError as exc:
-        raise CommandError(str(exc).removeprefix("socket_")) from None
+        raise CommandError(_named_option(str(exc), args)) from None
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """An empty name, such as that of a variable that is not set, must not mean root."""
+    if args.group == "":
+        raise CommandError("--group '': the name is missing")
+    if args.user is not None and not all(args.user.split(":")):
+        raise CommandError(f"--user {args.user!r}: write USER or USER:GROUP")
+
+
+def _named_option(text: str, args: argparse.Namespace) -> str:
+    """What ``Access`` says of a parameter, said of the option that it comes from."""
+    if text.startswith("socket_"):
+        return f"--{text[len('socket_') :]}"
+    if ":" in (args.user or ""):
+        return f"--user {args.user!r}: {text}"
+    return f"--{text}" if text.startswith("user ") else text
 
 
 def _check_nobody_listens(where: FilterSocket) -> None:

@@ -150,7 +150,7 @@ def _add_session_options(group: argparse._ArgumentGroup) -> None:
         default="127.0.0.1",
         help="IPv4, IPv6, a /path, or unknown (%(default)s)",
     )
-    group.add_argument("--client-port", metavar="N", type=int, default=0, help="(%(default)s)")
+    group.add_argument("--client-port", metavar="N", type=_port, default=0, help="(%(default)s)")
     group.add_argument("--helo", metavar="NAME", help="(the client's name)")
     group.add_argument(
         "--macro",
@@ -164,7 +164,12 @@ def _add_session_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--protocol-version", metavar="N", type=int, default=6, help="2 to 6 (%(default)s)"
+        "--protocol-version",
+        metavar="N",
+        type=int,
+        choices=range(2, 7),
+        default=6,
+        help="2 to 6 (%(default)s)",
     )
     group.add_argument(
         "--dialect",
@@ -221,7 +226,15 @@ def _connections(text: str) -> int:
     return value
 
 
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise ValueError(text)
+    return value
+
+
 # argparse names the type in its complaint.
+_port.__name__ = "port from 0 to 65535"
 _connections.__name__ = "number of connections (1 to 1000)"
 
 
@@ -232,6 +245,7 @@ def send(args: argparse.Namespace) -> int:
     """Do what the arguments say; returns the exit status."""
     try:
         plan = Plan.of(args)
+        _check_what_goes_together(args)
         if args.replay:
             return replay.replay(args, plan)
         if sources.is_one(args.messages):
@@ -243,6 +257,21 @@ def send(args: argparse.Namespace) -> int:
         return _fail(args, Failure("arguments", str(exc)))
     except KeyboardInterrupt:
         return 128 + 2
+
+
+def _check_what_goes_together(args: argparse.Namespace) -> None:
+    """Refuse what would have no effect.
+
+    :raises ValueError: an option is for the other use of the command.
+    """
+    if args.replay and args.output is not None:
+        raise ValueError("--output is for messages, not for --replay")
+    for option, value in (
+        ("--ignore", args.ignore),
+        ("--ignore-negotiation", args.ignore_negotiation),
+    ):
+        if value and not args.replay:
+            raise ValueError(f"{option} is for --replay")
 
 
 def _fail(args: argparse.Namespace, failure: Failure) -> int:

@@ -90,7 +90,7 @@ def test_the_example_is_taken(runner: Runner, commented: bool) -> None:
         ("pin-workers = 1", "pin-workers: must be true or false, not an integer"),
         ("name = ['a']", "name: must be a string, not a list"),
         ("socket = 8891", "socket: must be a string, not an integer"),
-        ("timeout = -1", "timeout: must be a number of seconds, not -1"),
+        ("timeout = -1", "timeout: must be a number of seconds from 0 to 86400, not -1"),
         ("mode = '0888'", "mode: must be an octal mode between 0 and 0777, not '0888'"),
         ("mode = 0o1777", "mode: must be an octal mode between 0 and 0777, not 1023"),
         (

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from support.process import WAIT, python_command
 
+from Milter.__main__ import main
 from Milter._cli.common import FilterSocket
 from Milter.mta import MTA
 
@@ -104,3 +105,73 @@ def test_errors_of_check_are_json(directory: Path) -> None:
         assert (done.returncode, found["kind"], found["status"]) == (2, "arguments", 2)
         assert said in found["error"]
         assert said in done.stderr
+
+
+SERVE = ["run", "well:A", "--socket", "unix:s"]
+RUN = [*SERVE, "--check"]
+SEND = ["send", "unix:s", "mail"]
+RECORD = ["record", "--listen", "unix:s", "--filter", "unix:t", "--to", "d"]
+
+#: What is not meant so, and the line that says what is: the option, the value and the rule.
+NEAR_MISSES = [
+    ([*SERVE, "--group", "no-such"], "--group 'no-such': there is no such group"),
+    ([*SERVE, "--user", "no-such"], "--user 'no-such': there is no such user"),
+    ([*SERVE, "--user", "root:no-such"], "--user 'root:no-such': group 'no-such': there is no such"),
+    # Of a variable that is not set: whoever asks for a user does not mean root.
+    ([*RUN, "--user", ""], "--user '': write USER or USER:GROUP"),
+    ([*RUN, "--user", ":mail"], "--user ':mail': write USER or USER:GROUP"),
+    ([*RUN, "--group", ""], "--group '': the name is missing"),
+    ([*RUN, "--engine", "nativ"], "--engine: must be 'libmilter' or 'native': 'nativ'"),
+    ([*RUN, "--mode", "1777"], "--mode: invalid octal mode between 0 and 0777 value: '1777'"),
+    ([*RUN, "--timeout", "-1"], "--timeout: invalid number of seconds from 0 to 86400 value: '-1'"),
+    ([*RUN, "--workers", "two"], "--workers: invalid number from 0 to 512 value: 'two'"),
+    ([*RUN, "--log-level", "warn"], "--log-level: invalid choice: 'warn' (choose from "),
+    ([*RUN, "--chek"], "unrecognized arguments: --chek (did you mean --check?)"),
+    ([*RUN, "--chdri=x"], "unrecognized arguments: --chdri=x (did you mean --chdir?)"),
+    ([*RUN, "--check=1"], "--check: it takes no value such as '1'"),
+    (["send", "mail", "unix:s"], "'mail' is a file and no socket: SOCKET comes first, then MESSAGE"),
+    ([*SEND, "--client-addr", "1.2.3"], "--client-addr '1.2.3': write an IPv4 or IPv6 address, a "),
+    ([*SEND, "--client-port", "65536"], "--client-port: invalid port from 0 to 65535 value: '65536'"),
+    ([*SEND, "--helo", "a\0b"], "--helo: "),
+    ([*SEND, "--from", "a\0b"], "--from: "),
+    ([*SEND, "--rejected-rcpt", "a@b", "no"], "--rejected-rcpt: rejected 'no': give an SMTP reply"),
+    ([*SEND, "--macro", "i"], "--macro 'i': write NAME=VALUE or STAGE:NAME=VALUE"),
+    ([*SEND, "--macro", "NO:i=1"], "--macro: macro stage 'NO' is none of CONNECT, HELO, MAIL"),
+    ([*SEND, "--protocol-version", "7"], "--protocol-version: invalid choice: 7 (choose from 2, 3"),
+    ([*SEND, "--ignore", "Date"], "--ignore is for --replay"),
+    ([*SEND, "--ignore-negotiation"], "--ignore-negotiation is for --replay"),
+    ([*SEND, "--replay", "--output", "x"], "--output is for messages, not for --replay"),
+    ([*SEND, "--connections", "0"], "--connections: invalid number of connections (1 to 1000) value"),
+    (["check", "unix:s", "--wait", "1s"], "--wait: invalid number of seconds from 0 to 86400 value"),
+    (
+        ["config", "postfix", "--name", "a", "--socket", "unix:/s", "--content-timeout", "5m"],
+        "--content-timeout: invalid number of whole seconds from 1 to 86400 value: '5m'",
+    ),
+    ([*RECORD, "--listen", "8891"], "--listen: socket '8891': write inet:8891 for a port"),
+    ([*RECORD, "--filter", "inet:0"], "--filter: socket 'inet:0': port 0 cannot be connected to"),
+    ([*RECORD, "--filter", "unix:s"], "--listen and --filter are the same: unix:s"),
+    ([*RECORD, "--max-size", "1k"], "--max-size: invalid size of at least 1000 bytes value: '1k'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), NEAR_MISSES)
+def test_near_misses(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "well.py").write_text("import Milter\nclass A(Milter.Base): pass\n")
+    (tmp_path / "mail").write_text("Subject: a\n\nb\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as exc:
+        status = int(exc.code or 0)
+    output = capsys.readouterr()
+    last = output.err.splitlines()[-1]
+    assert said in last
+    assert last.startswith(f"python -m Milter {arguments[0]}: error: ")
+    assert (status, output.out) == (2, "")

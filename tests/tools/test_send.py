@@ -483,7 +483,7 @@ def test_a_violation_at_the_end_does_not_hide_the_result(
         (["tcp:1@x", "-"], "socket 'tcp:1@x': unknown scheme"),
         (["unix:/run/x", "-", "--macro", "novalue"], "macro 'novalue'"),
         (["unix:/run/x", "-", "--macro", "MAIL:=x"], "macro 'MAIL:=x'"),
-        (["unix:/run/x", "-", "--protocol-version", "7"], "protocol version 7"),
+        (["unix:/run/x", "-", "--protocol-version", "7"], "--protocol-version: invalid choice: 7"),
     ],
 )
 def test_bad_input(arguments: list[str], said: str) -> None:
@@ -496,7 +496,7 @@ def test_bad_input(arguments: list[str], said: str) -> None:
     ("arguments", "said"),
     [
         (["--macro", "NOSTAGE:x=1"], "macro stage 'NOSTAGE'"),
-        (["--client-addr", "example.com"], "client address 'example.com'"),
+        (["--client-addr", "example.com"], "--client-addr 'example.com': write an IPv4"),
         (["--rejected-rcpt", "b@x", "no"], "rejected 'no'"),
     ],
 )
