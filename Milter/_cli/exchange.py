@@ -125,8 +125,8 @@ class Plan:
             commands.connect_info(self.client.name, self.client.address, self.client.port)
         except ValueError:
             raise ValueError(
-                f"--client-addr {self.client.address!r}: write an IPv4 or IPv6 address, a /path, or "
-                "unknown"
+                f"--client-addr {self.client.address!r}: write an IPv4 or IPv6 address, a /path, "
+                "or unknown"
             ) from None
         with naming("--helo"):
             commands.helo(self.client.name if self.helo is None else self.helo)

@@ -131,9 +131,10 @@ class LogConfig:
         for handler in self._dictionary.get("handlers", {}).values():
             if str(handler.get("mode", "")).startswith("w"):
                 handler["mode"] = handler["mode"].replace("w", "a", 1)
-        for section in self._ini.sections() if self._ini is not None else ():
-            if section.startswith("handler_"):
-                _keep_file(self._ini[section])
+        if self._ini is not None:
+            for section in self._ini.sections():
+                if section.startswith("handler_"):
+                    _keep_file(self._ini[section])
 
     def _complaint(self, exc: Exception) -> str:
         """The section that cannot be configured, and why: the first cause of all."""

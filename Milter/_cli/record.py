@@ -153,8 +153,8 @@ def record(args: argparse.Namespace) -> int:
             complain("record", exc)
             return EXIT_UNSAFE
         except (OSError, milter.error) as exc:
-            reason = getattr(exc, "strerror", None) or exc
-            complain("record", f"cannot listen on {args.listen}: {reason}")
+            why = getattr(exc, "strerror", None) or exc
+            complain("record", f"cannot listen on {args.listen}: {why}")
             return EXIT_ERROR
         recorder.drain(stopped)
     return EXIT_OK

@@ -507,7 +507,11 @@ def _access(
         mode = _socket_setup.DEFAULT_MODE
     try:
         return _socket_setup.Access(
-            where.libmilter, mode, group_or_user(args.group), group_or_user(user), group_or_user(group)
+            where.libmilter,
+            mode,
+            group_or_user(args.group),
+            group_or_user(user),
+            group_or_user(group),
         )
     except ValueError as exc:
         raise CommandError(_named_option(str(exc), args)) from None

@@ -605,8 +605,8 @@ class MTA:
         Args:
             recording: a session that ``python -m Milter record`` has written, or its file.
             ignored_headers: names of headers whose values may differ, such as those with a date.
-            ignore_negotiation: that the filter negotiates something else is no difference, as long as
-                the MTA would say the same, or less.
+            ignore_negotiation: that the filter negotiates something else is no difference, as
+                long as the MTA would say the same, or less.
 
         Raises:
             OSError: the file cannot be read.

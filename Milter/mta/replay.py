@@ -54,8 +54,8 @@ class Replay:
     """What came of playing a recording.
 
     :ivar differences: at most two, the second where the first is that of a negotiation after which
-        the rest could be played.  The answer that holds one is heard out, and nothing is played after
-        any other.
+        the rest could be played.  The answer that holds one is heard out, and nothing is played
+        after any other.
     :ivar answers: what the filter said now, each packet with the stage that it belongs to.
     """
 

@@ -93,7 +93,7 @@ def send(smtp: smtplib.SMTP, sender: str, *recipients: str) -> list[tuple[int, b
 
 
 def assert_refused(replies: list[tuple[int, bytes]], text: str) -> None:
-    """The last of the replies is the filter's; sendmail puts the address before it at MAIL, RCPT."""
+    """The last reply is the filter's; sendmail puts the address before it at MAIL and RCPT."""
     code, said = replies[-1]
     assert (code, said.decode().endswith(text)) == (550, True), replies
 
@@ -113,8 +113,10 @@ def test_what_is_accepted(bench: Bench) -> None:
     ending = "verdict=accept stage=eom actions=addheader(X-Seen),delrcpt(<copy@example.org>)"
     assert lines(bench, 2) == [
         f"id={ids[0]} {FROM} to=<bob@example.org> {ending}",
-        f"id={ids[1]} {FROM} to=<bob@example.org>,<copy@example.org> "
-        f'refused="<gone@example.org> (550 5.1.1 no such user)" {ending}',
+        (
+            f"id={ids[1]} {FROM} to=<bob@example.org>,<copy@example.org> "
+            f'refused="<gone@example.org> (550 5.1.1 no such user)" {ending}'
+        ),
     ]
 
 
@@ -146,10 +148,15 @@ def test_what_is_refused_at_each_stage(bench: Bench) -> None:
     assert shown[6:] == [
         f"from=<later-eom@example.com> {to} verdict=tempfail stage=eom {seen}",
         f"from=<drop-eoh@example.com> {to} verdict=discard stage=eoh",
-        f'{FROM} to=- refused="<gone@example.org> (550 5.1.1 no such user)" '
-        "verdict=abort stage=abort",
-        'from=<reject-rcpt@example.com> to=- refused="<bob@example.org> (550 5.7.1 not at rcpt)" '
-        "verdict=abort stage=abort",
+        (
+            f'{FROM} to=- refused="<gone@example.org> (550 5.1.1 no such user)" '
+            "verdict=abort stage=abort"
+        ),
+        (
+            "from=<reject-rcpt@example.com> to=- "
+            'refused="<bob@example.org> (550 5.7.1 not at rcpt)" '
+            "verdict=abort stage=abort"
+        ),
     ]
 
 

@@ -59,7 +59,7 @@ BEFORE = {"zsh": "compdef() { function=$1; }; _default() { :; }\n"}
 each_shell = pytest.mark.parametrize("shell", [each for each in SHELLS if shutil.which(each)])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def script_for(shell: str) -> str:
     pytest.importorskip("argcomplete")
     done = completion("--print-completion", shell)
@@ -117,14 +117,18 @@ def test_other_modules_are_left_alone(tmp_path: Path, shell: str) -> None:
         (
             "zsh",
             {"_ARGCOMPLETE_IFS": "\n"},
-            "check:say whether a filter answers, and what it negotiates\n"
-            "config:print what makes Postfix or sendmail use a filter, or do it",
+            (
+                "check:say whether a filter answers, and what it negotiates\n"
+                "config:print what makes Postfix or sendmail use a filter, or do it"
+            ),
         ),
         (
             "fish",
             {"_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_DFS": "\t"},
-            "check\tsay whether a filter answers, and what it negotiates\n"
-            "config\tprint what makes Postfix or sendmail use a filter, or do it",
+            (
+                "check\tsay whether a filter answers, and what it negotiates\n"
+                "config\tprint what makes Postfix or sendmail use a filter, or do it"
+            ),
         ),
     ],
 )

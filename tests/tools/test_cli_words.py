@@ -116,7 +116,10 @@ RECORD = ["record", "--listen", "unix:s", "--filter", "unix:t", "--to", "d"]
 NEAR_MISSES = [
     ([*SERVE, "--group", "no-such"], "--group 'no-such': there is no such group"),
     ([*SERVE, "--user", "no-such"], "--user 'no-such': there is no such user"),
-    ([*SERVE, "--user", "root:no-such"], "--user 'root:no-such': group 'no-such': there is no such"),
+    (
+        [*SERVE, "--user", "root:no-such"],
+        "--user 'root:no-such': group 'no-such': there is no such",
+    ),
     # Of a variable that is not set: whoever asks for a user does not mean root.
     ([*RUN, "--user", ""], "--user '': write USER or USER:GROUP"),
     ([*RUN, "--user", ":mail"], "--user ':mail': write USER or USER:GROUP"),
@@ -129,9 +132,15 @@ NEAR_MISSES = [
     ([*RUN, "--chek"], "unrecognized arguments: --chek (did you mean --check?)"),
     ([*RUN, "--chdri=x"], "unrecognized arguments: --chdri=x (did you mean --chdir?)"),
     ([*RUN, "--check=1"], "--check: it takes no value such as '1'"),
-    (["send", "mail", "unix:s"], "'mail' is a file and no socket: SOCKET comes first, then MESSAGE"),
+    (
+        ["send", "mail", "unix:s"],
+        "'mail' is a file and no socket: SOCKET comes first, then MESSAGE",
+    ),
     ([*SEND, "--client-addr", "1.2.3"], "--client-addr '1.2.3': write an IPv4 or IPv6 address, a "),
-    ([*SEND, "--client-port", "65536"], "--client-port: invalid port from 0 to 65535 value: '65536'"),
+    (
+        [*SEND, "--client-port", "65536"],
+        "--client-port: invalid port from 0 to 65535 value: '65536'",
+    ),
     ([*SEND, "--helo", "a\0b"], "--helo: "),
     ([*SEND, "--from", "a\0b"], "--from: "),
     ([*SEND, "--rejected-rcpt", "a@b", "no"], "--rejected-rcpt: rejected 'no': give an SMTP reply"),
@@ -141,8 +150,14 @@ NEAR_MISSES = [
     ([*SEND, "--ignore", "Date"], "--ignore is for --replay"),
     ([*SEND, "--ignore-negotiation"], "--ignore-negotiation is for --replay"),
     ([*SEND, "--replay", "--output", "x"], "--output is for messages, not for --replay"),
-    ([*SEND, "--connections", "0"], "--connections: invalid number of connections (1 to 1000) value"),
-    (["check", "unix:s", "--wait", "1s"], "--wait: invalid number of seconds from 0 to 86400 value"),
+    (
+        [*SEND, "--connections", "0"],
+        "--connections: invalid number of connections (1 to 1000) value",
+    ),
+    (
+        ["check", "unix:s", "--wait", "1s"],
+        "--wait: invalid number of seconds from 0 to 86400 value",
+    ),
     (
         ["config", "postfix", "--name", "a", "--socket", "unix:/s", "--content-timeout", "5m"],
         "--content-timeout: invalid number of whole seconds from 1 to 86400 value: '5m'",

@@ -257,8 +257,10 @@ def test_another_negotiation(run_filter: Any, record: Record, directory: Path) -
         done = replay(more, *options, path)
         assert done.returncode == 1
         assert done.stdout.splitlines()[3:] == [
-            "  the rest is not played, as the filter wants DATA now, which the MTA did not send then: "
-            "record such a session anew"
+            (
+                "  the rest is not played, as the filter wants DATA now, which the MTA did not "
+                "send then: record such a session anew"
+            )
         ]
 
 
@@ -616,7 +618,11 @@ def test_a_socket_that_was_left_is_no_obstacle(
         (["--to", "{file}"], 1, "File exists"),
         (["--listen", "unix:{file}"], 1, "what is there is no socket"),
         (["--listen", "unix:{directory}/no/such"], 3, "/no cannot be used: No such file or dir"),
-        (["--listen", "unix:{directory}/open/s"], 3, "everybody may write to the socket's directory"),
+        (
+            ["--listen", "unix:{directory}/open/s"],
+            3,
+            "everybody may write to the socket's directory",
+        ),
         (["--listen", "unix:{directory}/busy"], 1, "Address already in use"),
     ],
 )

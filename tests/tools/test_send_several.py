@@ -327,7 +327,11 @@ def test_percentiles_are_nearest_ranks() -> None:
         (["unix:/a", "-", "--bogus"], "arguments", "unrecognized arguments: --bogus"),
         (["unix:/a"], "arguments", "the following arguments are required: MESSAGE"),
         (["8891", "-"], "arguments", "socket '8891': write inet:8891"),
-        (["unix:/a", "-", "--timeout", "soon"], "arguments", "invalid number of seconds from 0 to 86400 value"),
+        (
+            ["unix:/a", "-", "--timeout", "soon"],
+            "arguments",
+            "invalid number of seconds from 0 to 86400 value",
+        ),
         (["unix:/a", "-", "--macro", "x"], "arguments", "macro 'x': write NAME=VALUE"),
         (["unix:/a", "-", "--macro", "NO:x=1"], "arguments", "macro stage 'NO' is none of"),
         (["unix:/a", "-", "--client-addr", "here"], "arguments", "client address 'here'"),
