@@ -38,6 +38,7 @@ class Access:
         socket_group: of a unix socket, name or number.
         user: who to become once the socket is open, name or number.
         group: of the process then, name or number; by default that of the user.
+        is_known: what there is to say of the socket was said, by who opened it.
 
     Raises:
         milter.InvalidArgument: a value cannot be; the message names the argument.
@@ -51,7 +52,9 @@ class Access:
         socket_group: str | int | None = None,
         user: str | int | None = None,
         group: str | int | None = None,
+        is_known: bool = False,
     ) -> None:
+        self._is_known = is_known
         self.conn = os.fsdecode(conn)
         self.kind, self.where = _take_apart(self.conn)
         for name, value in (("socket_mode", socket_mode), ("socket_group", socket_group)):
@@ -77,7 +80,8 @@ class Access:
         try:
             if self.account is not None:
                 self.account.become()
-            self._warn()
+            if not self._is_known:
+                self._warn()
         except BaseException:
             shut()
             raise

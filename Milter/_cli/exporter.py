@@ -3,9 +3,9 @@
 The socket is opened once root was given up, by the process that was started, so that what is wrong
 is said at the start; the workers inherit it. Nobody comes to it before the filter serves: it does
 not listen on a port, and has another name in its directory. So a reload that fails takes nothing
-from who serves. One that succeeds has both generations listen for a moment, and who gave way answers
-those who had come to it: on a port the system lets several processes of a user listen, in a
-directory the new socket takes the place of the old one.
+from who serves. One that succeeds has both generations listen for a moment, and who gave way
+answers those who had come to it: on a port the system lets several processes of a user listen, in
+a directory the new socket takes the place of the old one.
 """
 
 from __future__ import annotations

@@ -501,7 +501,7 @@ def _access(
     user, _, group = (args.user or "").partition(":")
     if generation is not None:
         # Opened and given away by the process that was started, which has become that user.
-        return _socket_setup.Access(f"fd:{generation.listener}")
+        return _socket_setup.Access(f"fd:{generation.listener}", is_known=True)
     mode = args.mode
     if mode is None and where.kind == "unix":
         mode = _socket_setup.DEFAULT_MODE
