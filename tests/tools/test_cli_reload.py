@@ -170,7 +170,7 @@ def test_a_connection_goes_on_with_who_has_it(start: Start, place: Path) -> None
     assert filter_.process.poll() is None
     assert filter_.stop() == 0
     # What there is to say of the socket and of its user was said at the start.
-    assert filter_.output.count("the filter runs as root") == (os.geteuid() == 0)
+    assert filter_.all_output.count("runs as root") == (os.geteuid() == 0)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
