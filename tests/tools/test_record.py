@@ -615,7 +615,7 @@ def test_a_socket_that_was_left_is_no_obstacle(
         (["--max-size", "10"], 2, "invalid size of at least 1000 bytes value: '10'"),
         (["--mode", "999"], 2, "--mode: invalid octal mode between 0 and 0777 value: '999'"),
         (["--listen", "inet:1@127.0.0.1", "--mode", "0600"], 2, "--mode is for unix sockets"),
-        (["--to", "{file}"], 1, "File exists"),
+        (["--to", "{file}"], 1, "Not a directory"),
         (["--listen", "unix:{file}"], 1, "what is there is no socket"),
         (["--listen", "unix:{directory}/no/such"], 3, "/no cannot be used: No such file or dir"),
         (
