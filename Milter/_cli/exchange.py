@@ -90,11 +90,13 @@ class Plan:
             dataclasses.replace(parse_address(text), rejected=reply)
             for text, reply in args.rejected
         ]
+        with naming("--protocol-version"):
+            offer = Offer.for_version(args.protocol_version)
         address = None if args.client_addr == "unknown" else args.client_addr
         plan = cls(
             name=args.socket,
             address=_filter_of(args.socket),
-            offer=Offer.for_version(args.protocol_version),
+            offer=offer,
             timeout=args.timeout,
             wait=args.wait,
             dialect=Dialect(args.dialect),

@@ -164,12 +164,7 @@ def _add_session_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_protocol_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--protocol-version",
-        metavar="N",
-        type=int,
-        choices=range(2, 7),
-        default=6,
-        help="2 to 6 (%(default)s)",
+        "--protocol-version", metavar="N", type=int, default=6, help="2 to 6 (%(default)s)"
     )
     group.add_argument(
         "--dialect",

@@ -146,7 +146,10 @@ NEAR_MISSES = [
     ([*SEND, "--rejected-rcpt", "a@b", "no"], "--rejected-rcpt: rejected 'no': give an SMTP reply"),
     ([*SEND, "--macro", "i"], "--macro 'i': write NAME=VALUE or STAGE:NAME=VALUE"),
     ([*SEND, "--macro", "NO:i=1"], "--macro: macro stage 'NO' is none of CONNECT, HELO, MAIL"),
-    ([*SEND, "--protocol-version", "7"], "--protocol-version: invalid choice: 7 (choose from 2, 3"),
+    (
+        [*SEND, "--protocol-version", "7"],
+        "--protocol-version: protocol version 7 is not between 2 and 6",
+    ),
     ([*SEND, "--ignore", "Date"], "--ignore is for --replay"),
     ([*SEND, "--ignore-negotiation"], "--ignore-negotiation is for --replay"),
     ([*SEND, "--replay", "--output", "x"], "--output is for messages, not for --replay"),

@@ -334,7 +334,7 @@ def test_percentiles_are_nearest_ranks() -> None:
         ),
         (["unix:/a", "-", "--macro", "x"], "arguments", "macro 'x': write NAME=VALUE"),
         (["unix:/a", "-", "--macro", "NO:x=1"], "arguments", "macro stage 'NO' is none of"),
-        (["unix:/a", "-", "--client-addr", "here"], "arguments", "client address 'here'"),
+        (["unix:/a", "-", "--client-addr", "here"], "arguments", "--client-addr 'here'"),
         (["unix:/a", "-", "--rejected-rcpt", "a@x", "no"], "arguments", "rejected 'no': give an"),
         (["unix:/a", "/no/such"], "message", "cannot read the message '/no/such'"),
     ],
