@@ -142,7 +142,9 @@ def test_a_session_leaves_no_task_behind(tmp_path: Path) -> None:
     )
     command = [python_command()[0], "-X", "dev", "-W", "error", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # Development mode also tells of what takes a tenth of a second, on a busy machine.
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]
+    assert (done.returncode, done.stdout, said) == (0, "", [])
 
 
 class Slow(Milter.Base):
