@@ -217,6 +217,7 @@ class _Runner:
         self.generation = _generation
         self.thread: threading.Thread | None = None  # its own; None: the loop is the program's
         self.ident: int | None = None
+        self.watch: threading.Thread | None = None  # looks whether the loop is blocked
         self.stopping = False  # the deadline of the drain is over
         self.ending = False  # the filter has ended
         self.ended = threading.Event()
@@ -615,6 +616,8 @@ def end() -> None:
     if runner.thread is not None:
         runner.call(runner.stop)
         runner.thread.join(_END_SECONDS)
+        if runner.watch is not None and not runner.thread.is_alive():
+            runner.watch.join(_SLOW_SECONDS + _LOOK_SECONDS)
         atexit.unregister(end)
     else:
         done = threading.Event()
@@ -650,6 +653,7 @@ def _watch(runner: _Runner) -> None:
         )
         with contextlib.suppress(RuntimeError):  # no thread is to be had: the loop does without
             watch.start()
+            runner.watch = watch
 
 
 def _look_for_blocks(runner: _Runner) -> None:
