@@ -111,7 +111,13 @@ def called(report: str, name: str) -> str:
     return report.replace("#1", f"#1 0x7f0234 in {name} (/lib/library.so+0x5853)\n    #2")
 
 
-@pytest.mark.parametrize("name", ["__cxa_thread_atexit_impl", "smfi_register", "smfi_setconn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("__cxa_thread_atexit_impl", "smfi_register", "smfi_setconn"),
+        "thread_PyThread_start_new_thread",
+    ],
+)
 def test_what_a_library_keeps_is_no_leak_of_the_module(name: str, tmp_path: Path) -> None:
     (tmp_path / "report.17").write_text(
         called(LEAK.format(path="src/engine/libmilter/pool.c"), name)
