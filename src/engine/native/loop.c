@@ -406,6 +406,7 @@ settle(struct connection *connection, bool over)
         destroy(connection);
     }
     else if (over) {
+        connection->active = monotonic_now();
         connection->state = FLUSHING;
         watch_connection(connection);
     }
@@ -689,6 +690,9 @@ look_for_timeouts(struct loop *loop, double now)
 
     for (struct connection *each = loop->all, *next; each != NULL; each = next) {
         next = each->next;
+        if (each->state != WATCHED && each->state != FLUSHING) {
+            continue; /* it is who serves it who writes `active`; its time begins after that */
+        }
         if (each->state == WATCHED && each->active + timeout_seconds <= now) {
             if (each->writing) {
                 connection_break(each); /* its MTA does not take its answer */
