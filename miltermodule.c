@@ -575,6 +575,7 @@ static PyMethodDef milter_functions[] = {
     {"_is_running", tell_if_running, METH_NOARGS, NULL},
     {"_leave_signals", leave_signals, METH_O, NULL},
     {"_stop_with", stop_with, METH_O, NULL},
+    {"_when_serving", when_serving, METH_O, NULL},
     {"_keep_variables", keep_variables, METH_NOARGS, NULL},
     {"_hand_over", hand_over_socket, METH_O, NULL},
     {"_become_worker", become_worker, METH_VARARGS, NULL},
@@ -710,6 +711,7 @@ milter_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->context_type);
     Py_VISIT(state->diagnostics_type);
     Py_VISIT(state->raised);
+    Py_VISIT(state->when_serving);
     Py_VISIT(state->observer);
     for (int i = 0; i < STAGES; i++) {
         Py_VISIT(state->callbacks[i]);
@@ -728,6 +730,7 @@ milter_clear(PyObject *module)
     Py_CLEAR(state->context_type);
     Py_CLEAR(state->diagnostics_type);
     Py_CLEAR(state->raised);
+    Py_CLEAR(state->when_serving);
     Py_CLEAR(state->observer);
     for (int i = 0; i < STAGES; i++) {
         Py_CLEAR(state->callbacks[i]);

@@ -88,6 +88,35 @@ stop_with(PyObject *module, PyObject *exception)
     Py_RETURN_NONE;
 }
 
+/* _when_serving(call): what the next main() calls as soon as the filter serves and signals are
+ * handled as they will be; before, libmilter's own thread may take one. */
+PyObject *
+when_serving(PyObject *module, PyObject *call)
+{
+    module_state *state = PyModule_GetState(module);
+
+    Py_XSETREF(state->when_serving, Py_NewRef(call));
+    Py_RETURN_NONE;
+}
+
+/* What it raises ends the filter, as in a callback. */
+static void
+tell_that_it_serves(module_state *state)
+{
+    PyObject *call = state->when_serving, *result;
+
+    if (call == NULL) {
+        return;
+    }
+    state->when_serving = NULL;
+    result = PyObject_CallNoArgs(call);
+    Py_DECREF(call);
+    if (result == NULL) {
+        stop_with_exception(state);
+    }
+    Py_XDECREF(result);
+}
+
 PyObject *
 out_of_order(module_state *state, const char *call, const char *why)
 {
@@ -627,6 +656,7 @@ run_filter(module_state *state)
     started = start_engine(state);
     if (started == 0) {
         begin_work();
+        tell_that_it_serves(state);
         wait_until(state, has_reason_to_stop, -1);
         end_work();
         drain(state);

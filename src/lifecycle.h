@@ -29,8 +29,8 @@ void set_drain_timeout(int wanted);
 void activate(module_state *state);
 
 /* milter._share_socket, milter._listening_socket, milter._accepts, milter._hand_over,
- * milter._is_running, milter._leave_signals, milter._stop_with, milter._close_gate,
- * milter._after_fork_in_child */
+ * milter._is_running, milter._leave_signals, milter._stop_with,
+ * milter._when_serving, milter._close_gate, milter._after_fork_in_child */
 PyObject *duplicate_listener(PyObject *module, PyObject *ignored);
 PyObject *accepts_connections(PyObject *module, PyObject *ignored);
 PyObject *hand_over_socket(PyObject *module, PyObject *value);
@@ -38,6 +38,7 @@ PyObject *share_open_socket(PyObject *module, PyObject *value);
 PyObject *tell_if_running(PyObject *module, PyObject *ignored);
 PyObject *leave_signals(PyObject *module, PyObject *value);
 PyObject *stop_with(PyObject *module, PyObject *exception);
+PyObject *when_serving(PyObject *module, PyObject *call);
 PyObject *close_gate(PyObject *module, PyObject *ignored);
 PyObject *after_fork_in_child(PyObject *module, PyObject *ignored);
 

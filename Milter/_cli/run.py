@@ -10,6 +10,8 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
+import milter
+
 import Milter
 
 from .. import _runner, _socket_setup, _workers
@@ -409,17 +411,20 @@ def _serve_alone(
     life: Life,
     output: _Output,
 ) -> None:
+    def tell_that_it_serves() -> None:
+        _log.info("%s serves on %s", name, where.libmilter)
+        life.serves(f"serving on {where.libmilter}", workers=False)
+
     _open(access, output)
     try:
         if output.exporter is not None:
             output.exporter.serve()
             output.exporter.take_place()
         life.socket_is_open()
-        _log.info("%s serves on %s", name, where.libmilter)
-        life.serves(f"serving on {where.libmilter}", workers=False)
     except BaseException:
         _socket_setup.shut()
         raise
+    milter._when_serving(tell_that_it_serves)
     Milter.main()
 
 
