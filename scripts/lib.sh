@@ -42,10 +42,11 @@ apt_install() {
         sudo=(sudo)
     fi
     say "Installing with apt: $*"
-    local run=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
+    local run=("${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300)
     local log
     log=$(mktemp)
-    # A fresh machine has no package lists, an old one has lists that name vanished files.
+    # A fresh machine has no package lists, an old one has lists that name vanished files; and what
+    # upgrades it by itself may hold the lock.
     if ! { "${run[@]}" update && "${run[@]}" install -y --no-install-recommends "$@"; } \
         </dev/null >"$log" 2>&1; then
         cat "$log" >&2

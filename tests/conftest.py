@@ -34,6 +34,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# What a suite says of a commit should not depend on chance; scripts/fuzz looks for what is new.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True)
+    settings.load_profile("repeatable")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "engine(name): what only this engine does")
     os.environ["PYMILTER_ENGINE"] = config.getoption("--engine")

@@ -248,10 +248,16 @@ def test_clients_that_do_not_read_are_given_up(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer is larger than what the system takes for them."""
-    monkeypatch.setattr(_metrics_http.Server, "_answer", lambda *args: b"x" * 50_000_000)
+    asked = threading.Event()
+
+    def answer(*_: object) -> bytes:
+        asked.set()
+        return b"x" * 50_000_000
+
+    monkeypatch.setattr(_metrics_http.Server, "_answer", answer)
     with connect(server.port) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(GET)
+        assert asked.wait(WAIT)  # its second has begun
         monkeypatch.undo()
         monkeypatch.setattr(_metrics_http, "SECONDS", 60.0)
         scraped(server.port)

@@ -330,7 +330,7 @@ def test_messages_are_counted() -> None:
 
 def test_what_no_mta_understands_is_no_reply() -> None:
     text = SESSION.replace("filter 0.4 continue", "filter 0.4 0x7a")
-    found = replay(answers(frame(b"z"), ADDED + INSERTED + REPLY), text)
+    found = replay(answers(frame(b"z"), ADDED + INSERTED + REPLY), text, timeout=0.5)
     with pytest.raises(ProtocolError, match="is no answer to this step"):
         _ = found.replies
 

@@ -604,7 +604,8 @@ def test_parse_header_never_raises(text: str) -> None:
         assert decoded is text
 
 
-@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60))
+# The package loses line and paragraph separators itself.
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=60))
 def test_parse_header_reads_what_the_email_package_writes(text: str) -> None:
     words = Header(text, "utf-8").encode()
     if words.startswith("=?"):

@@ -169,7 +169,7 @@ def test_root_is_given_up_for_good(serve: Run, directory: Path, workers: int) ->
     nobody = pwd.getpwnam("nobody")
     filter_ = serve(
         f"{{'user': 'nobody', 'socket_group': 'daemon', 'workers': {workers}, "
-        "'worker_init': lambda: print('prepares as', ids(), flush=True)}"
+        "'worker_init': lambda: os.write(1, f'prepares as {ids()}\\n'.encode())}"
     )
     users, groups, others = ids_of(filter_)
     assert users == (nobody.pw_uid,) * 3
