@@ -205,7 +205,8 @@ atexit.register(once_more)
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_second_signal_is_no_failure(start: Start, place: Path, workers: str) -> None:
     filter_ = start("--workers", workers)
-    filter_.wait_for(" serves on ")  # from then on a signal is not libmilter's
+    serves = filter_.wait_for(" serves on ")  # from then on a signal is not libmilter's
+    assert 0 < filter_.output.find("the engine is") < filter_.output.index(serves)
     write(place, "2", TWICE)
     reload(filter_, 1)
     assert filter_.stop() == 0, filter_.output
