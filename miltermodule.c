@@ -13,10 +13,9 @@
  *   0  clock, stages, wake, descriptors, signal_sets, process: what needs no Python; common
  *   1  text, arguments, reply, report, constants, socket_name; engine.h: the seam
  *   2  engine/: who speaks to the MTA
- *   3  threads, crew, metrics, context, observer, actions: connections and what a filter does to a
- *      message
- *   4  verdict, failure, call, negotiate, trampolines, decoder, rules: a callback's way in and out
- *   5  signals, socket, workers, lifecycle: from main() to the end of the process
+ *   3  threads, turns, crew, metrics, context, observer, actions: connections and what a filter
+ * does to a message 4  verdict, failure, call, negotiate, trampolines, decoder, rules: a callback's
+ * way in and out 5  signals, socket, workers, lifecycle: from main() to the end of the process
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.
@@ -45,6 +44,7 @@
 #include "socket_name.h"
 #include "threads.h"
 #include "trampolines.h"
+#include "turns.h"
 #include "workers.h"
 
 /* ------------------------------------------------------ module functions */
@@ -576,7 +576,10 @@ static PyMethodDef milter_functions[] = {
     {"_leave_signals", leave_signals, METH_O, NULL},
     {"_stop_with", stop_with, METH_O, NULL},
     {"_when_serving", when_serving, METH_O, NULL},
-    {"_keep_variables", keep_variables, METH_NOARGS, NULL},
+    {"_keep_variables", keep_variables, METH_O, NULL},
+    {"_attend", attend, METH_O, NULL},
+    {"_take_turn", take_turn, METH_NOARGS, NULL},
+    {"_dismiss", dismiss_loop, METH_NOARGS, NULL},
     {"_hand_over", hand_over_socket, METH_O, NULL},
     {"_become_worker", become_worker, METH_VARARGS, NULL},
     {"_worker_gone", worker_gone, METH_O, NULL},
@@ -712,6 +715,7 @@ milter_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->diagnostics_type);
     Py_VISIT(state->raised);
     Py_VISIT(state->when_serving);
+    Py_VISIT(state->first_step);
     Py_VISIT(state->observer);
     for (int i = 0; i < STAGES; i++) {
         Py_VISIT(state->callbacks[i]);
@@ -731,6 +735,7 @@ milter_clear(PyObject *module)
     Py_CLEAR(state->diagnostics_type);
     Py_CLEAR(state->raised);
     Py_CLEAR(state->when_serving);
+    Py_CLEAR(state->first_step);
     Py_CLEAR(state->observer);
     for (int i = 0; i < STAGES; i++) {
         Py_CLEAR(state->callbacks[i]);

@@ -18,7 +18,10 @@ import socket
 import sys
 import threading
 import traceback
+import types
+from asyncio.tasks import _enter_task, _leave_task, _register_task, _unregister_task
 from collections import deque
+from collections.abc import Coroutine
 
 import milter
 
@@ -29,15 +32,18 @@ from ._logging import logger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from typing import Any
 
     from milter import milterContext
 
     Ended = Callable[[int, Any, "contextvars.Context | None"], object]
+    _Coroutine = Coroutine[Any, Any, None]
+else:
+    _Coroutine = Coroutine
 
 # What has become of a callback, as the extension counts them.
-_RETURNED, _RAISED, _STOPPED, _HUNG_UP = range(4)
+_RETURNED, _RAISED, _STOPPED, _HUNG_UP, _WAITS = range(5)
 
 _PATIENCE = 1.0  # seconds that a coroutine gets to end once it was cancelled, as the filter stops
 _HUNG_UP_PATIENCE = 30.0  # the same where the MTA has hung up: nobody waits then
@@ -45,6 +51,7 @@ _LAST_SECONDS = 30.0  # for abort and close, of which nobody waits for the answe
 _END_SECONDS = 5.0  # for the thread of the loop, once all tasks were cancelled
 _SLOW_SECONDS = 1.0  # a loop that has no time for so long is blocked
 _LOOK_SECONDS = 0.25  # how often that is looked at
+_OVER = -2  # milter._take_turn: the loop leads no longer
 
 _log = logger()
 
@@ -55,7 +62,7 @@ class _Callback:
     __slots__ = (
         "answered",
         "awaitable",
-        "begun",
+        "coroutine",
         "ctx",
         "ended",
         "gives_up_at",
@@ -67,6 +74,7 @@ class _Callback:
         "timer",
         "value",
         "variables",
+        "waits_for",
         "why",
     )
 
@@ -85,7 +93,8 @@ class _Callback:
         self.stage = stage
         self.is_last = is_last
         self.ended = ended
-        self.answered = self.begun = False
+        self.answered = False
+        self.waits_for: Any = _NOTHING  # what its first step waits for, until its task does
         self.outcome: int | None = None
         self.value: Any = None
         self.why: int | None = None
@@ -94,77 +103,111 @@ class _Callback:
         self.gives_up_at: float | None = None  # by the loop's clock, once it was cancelled
 
     def begin(self, runner: _Runner) -> None:
-        """Have a task await it."""
+        """Take its first step; have a task go on where that does not end it."""
         self.runner = runner
         if runner.stopping and not self.is_last:
-            self.why = _STOPPED
             self.leave_off()
             return
-        runner.waiting[id(self)] = self
-        run = self.run()
+        coroutine = _coroutine_of(self.awaitable)
         try:
-            self.task = _make_task(runner.loop, run, self.variables)
+            driver = runner.spare_driver()
         except BaseException as error:  # noqa: BLE001 - of a task factory; the callback is answered
-            run.close()
+            if coroutine is not self.awaitable:
+                coroutine.close()
             close_awaitable(self.awaitable)
-            self.answer(_RAISED, error, None)
+            self.answer(_RAISED, error)
             return
-        if self.task.done():
-            self.finished(self.task)
-            return
-        self.task.add_done_callback(self.finished)
+        self.task = driver.task
+        try:
+            waits_for = driver.first_step(coroutine, self.variables)
+        except BaseException as end:  # noqa: BLE001 - it is judged
+            self.end(end)
+        else:
+            self.wait(runner, driver, coroutine, waits_for)
+
+    def wait(
+        self,
+        runner: _Runner,
+        driver: _Driver,
+        coroutine: Coroutine[Any, Any, Any],
+        waits_for: object,
+    ) -> None:
+        """Have the task go on that was the current one in the first step."""
+        self.runner = runner
+        self.coroutine = coroutine
+        self.waits_for = waits_for
+        self.task = driver.task
+        runner.waiting[id(self)] = self
+        driver.go_on_with(self)
         if self.is_last:
             self.timer = runner.loop.call_later(_LAST_SECONDS, self.take_too_long)
 
-    async def run(self) -> None:
-        """Await it in the connection's variables, and note what became of it."""
-        self.begun = True
-        if self.why is not None:
-            close_awaitable(self.awaitable)
-            self.outcome = self.why
-            return
+    def expect(self, ended: Ended | None) -> None:
+        """Say who is told of the end; None: nobody can be, and it is cancelled."""
+        if ended is None:
+            self.cancel(_STOPPED, _PATIENCE)
+        elif self.outcome is not None:
+            ended(self.outcome, self.value, None)
+        else:
+            self.ended = ended
+
+    # Steps of the task.
+
+    def send(self, value: object) -> object:
+        waits_for, self.waits_for = self.waits_for, _NOTHING
+        if waits_for is not _NOTHING:
+            return waits_for
+        return self.advance(self.coroutine.send, value)
+
+    def throw(self, error: BaseException) -> object:
+        waits_for, self.waits_for = self.waits_for, _NOTHING
+        if waits_for is not _NOTHING and waits_for is not None and waits_for.cancel():
+            return waits_for  # as a task does that is cancelled while it is in a step
+        return self.advance(self.coroutine.throw, error)
+
+    def advance(self, step: Callable[[Any], object], value: object) -> object:
         try:
-            self.value = await self.awaitable
-            self.outcome = _RETURNED
-        except asyncio.CancelledError as error:
-            self.outcome, self.value = self.judge_cancelled(error)
-        except BaseException as error:  # noqa: BLE001 - SystemExit too, which would end the loop
-            # One that it raises as it is cancelled is reported, but judges no message.
-            self.outcome = _RAISED if self.why is None else self.why
-            self.value = _without_first_frame(error)
+            return self.variables.run(step, value)
+        except BaseException as end:  # noqa: BLE001 - SystemExit too, which would end the loop
+            self.end(end)
+        raise StopIteration
+
+    def end(self, end: BaseException) -> None:
+        """It has returned, by a StopIteration, or raised this."""
+        outcome, value = self.judge(end)
         if self.runner.generation != _generation:
             # It forked, and this is the child. It ends here, as the extension has it, or by itself
             # where none is there, in tests.
-            self.answer(self.outcome, self.value, None)
-            os._exit(int(self.outcome == _RAISED))
-        if _COPIES:
-            self.variables = contextvars.copy_context()
+            self.answer(outcome, value)
+            os._exit(int(outcome == _RAISED))
+        self.answer(outcome, value)
+        self.task = None  # which has us: no circle shall be left for the garbage collector
 
-    def finished(self, _task: asyncio.Task[None]) -> None:
-        """Answer. Not in the task: the next callback may be about to enter its variables."""
-        if self.outcome is not None:
-            self.answer(self.outcome, self.value, self.variables)
-        elif not self.answered:  # the program has cancelled it before its first step
-            self.leave_off()
-
-    def judge_cancelled(self, error: BaseException) -> tuple[int, Any]:
-        if self.why is not None:
-            return self.why, None
-        # By the program, as when asyncio.run() ends; or the coroutine awaited what was cancelled.
-        cancelling = getattr(self.task or asyncio.current_task(), "cancelling", None)
-        if (cancelling is not None and cancelling() > 0) or self.runner.stopping:
-            return _STOPPED, None
-        return _RAISED, _without_first_frame(error)
+    def judge(self, end: BaseException) -> tuple[int, Any]:
+        if isinstance(end, StopIteration):
+            return _RETURNED, end.value
+        if isinstance(end, asyncio.CancelledError):
+            if self.why is not None:
+                return self.why, None
+            # By the program, as when asyncio.run() ends; or it awaited what was cancelled.
+            cancelling = getattr(self.task, "cancelling", None)
+            if (cancelling is not None and cancelling() > 0) or self.runner.stopping:
+                return _STOPPED, None
+        # One that it raises as it is cancelled is reported, but judges no message.
+        return (_RAISED if self.why is None else self.why), _without_our_frames(end)
 
     def leave_off(self) -> None:
         close_awaitable(self.awaitable)
-        self.answer(_STOPPED if self.why is None else self.why, None, None)
+        self.answer(_STOPPED, None)
 
-    def answer(self, outcome: int, value: Any, variables: contextvars.Context | None) -> None:
+    def answer(
+        self, outcome: int, value: Any, variables: contextvars.Context | None = None
+    ) -> None:
         """The callback goes on; the first answer counts."""
         if self.answered:
             return
         self.answered = True
+        self.outcome, self.value = outcome, value
         self.runner.waiting.pop(id(self), None)
         if self.timer is not None:
             self.timer.cancel()
@@ -176,7 +219,7 @@ class _Callback:
             return
         if self.why != _HUNG_UP:  # whatever comes after that, nobody waits for an answer
             self.why = why
-        if self.begun and self.task is not None:
+        if self.task is not None:
             self.task.cancel()
         gives_up_at = self.runner.loop.time() + patience
         if self.gives_up_at is None or gives_up_at < self.gives_up_at:
@@ -209,6 +252,104 @@ class _Callback:
             self.answer(_STOPPED if self.why is None else self.why, None, self.variables.copy())
 
 
+_NOTHING = object()
+
+
+def _unexpected(_outcome: int, _value: Any, _variables: contextvars.Context | None) -> None:
+    """Nobody has said yet who expects the end."""
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _coroutine_of(awaitable: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
+    if type(awaitable) is types.CoroutineType:
+        return awaitable
+    return _await(awaitable)
+
+
+class _Driver(_Coroutine):
+    """What a task runs: nothing at first, then a callback whose first step was taken without it.
+
+    A task takes its first step when the loop has time for it (before Python 3.12 there is no other
+    way), and most callbacks need one step and are done. So that step is taken at once, with a spare
+    task as the current one, which is for the next callback if this one does not wait.
+    """
+
+    __slots__ = ("_callback", "_loop", "_park", "_runner", "task")
+
+    def __init__(self, runner: _Runner) -> None:
+        self._runner = runner
+        self._loop = runner.loop
+        self._callback: _Callback | None = None
+        self._park: asyncio.Future[None] | None = None
+        self.task: asyncio.Task[None] = runner.loop.create_task(self)
+        self._show(False)
+
+    def _show(self, on: bool) -> None:
+        """Whether asyncio.all_tasks() and a complaint at the end know of the task."""
+        (_register_task if on else _unregister_task)(self.task)
+        with contextlib.suppress(AttributeError):  # a factory may make what it likes
+            self.task._log_destroy_pending = on  # type: ignore[attr-defined]
+
+    def is_spoiled(self) -> bool:
+        """Whether somebody has cancelled the task, in a step that ended the callback."""
+        if self._park is None:
+            return self.task.done() or getattr(self.task, "_must_cancel", False)
+        return self._park.done()
+
+    def first_step(
+        self, coroutine: Coroutine[Any, Any, Any], variables: contextvars.Context
+    ) -> object:
+        """Take it; what it waits for. StopIteration, or what it raises, ends the callback."""
+        _enter_task(self._loop, self.task)
+        try:
+            return variables.run(coroutine.send, None)
+        finally:
+            _leave_task(self._loop, self.task)
+
+    def go_on_with(self, callback: _Callback) -> None:
+        """The task is this callback's from here on."""
+        self._callback = callback
+        self._runner.spare = None
+        self._show(True)
+        if self._park is not None and not self._park.done():
+            self._park.set_result(None)
+        self._park = None
+        del self.task  # the callback's, and whose coroutine this is
+
+    def send(self, value: Any) -> Any:
+        """For the task."""
+        if self._callback is not None:
+            return self._callback.send(value)
+        self._park = self._loop.create_future()
+        self._park._asyncio_future_blocking = True
+        return self._park
+
+    def throw(self, *error: Any) -> Any:
+        """For the task, where it was cancelled or what it waited for has failed."""
+        if self._callback is None:
+            raise error[0]
+        return self._callback.throw(error[0])
+
+    def close(self) -> None:
+        """For who ends coroutines."""
+        if self._callback is not None:
+            self._callback.coroutine.close()
+
+    def __await__(self) -> Any:
+        """Nobody awaits it but its task."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        # Tools that show tasks ask for cr_frame, cr_code and the like.
+        callback = self._callback
+        if callback is None:
+            raise AttributeError(name)
+        return getattr(callback.coroutine, name)
+
+
 class _Runner:
     """A loop that awaits, and what waits in it."""
 
@@ -226,6 +367,9 @@ class _Runner:
         # By identity, as contexts of tests may compare as they like. The loop's thread's alone.
         self.waiting: dict[int, _Callback] = {}
         self.left: set[asyncio.Task[None]] = set()
+        self.spare: _Driver | None = None
+        self.lead: int | None = None  # the engine's descriptor, while the loop leads
+        self.alarm: asyncio.TimerHandle | None = None
 
     # From any thread.
 
@@ -263,8 +407,50 @@ class _Runner:
             try:
                 callback = self.incoming.popleft()
             except IndexError:
-                return
+                break
             callback.begin(self)
+        if self.lead is None:
+            self.take_lead()
+
+    def spare_driver(self) -> _Driver:
+        if self.spare is None or self.spare.is_spoiled():
+            self.spare = _Driver(self)
+        return self.spare
+
+    def take_lead(self) -> None:
+        """Have the loop wait for the engine's connections too, where all callbacks are coroutines.
+
+        Then none of them has to be brought here, nor its answer to a thread of the engine.
+        """
+        if self.stopping:
+            return
+        descriptor = milter._attend(first_step)
+        if descriptor >= 0:
+            try:
+                self.loop.add_reader(descriptor, self.take_turn)
+            except BaseException:
+                milter._dismiss()
+                os.close(descriptor)
+                raise
+            self.lead = descriptor
+
+    def take_turn(self) -> None:
+        milliseconds = milter._take_turn()
+        if milliseconds >= 0:
+            if self.alarm is not None:
+                self.alarm.cancel()
+            self.alarm = self.loop.call_later(milliseconds / 1000, self.take_turn)
+        elif milliseconds == _OVER:
+            self.leave_lead()
+
+    def leave_lead(self) -> None:
+        if self.alarm is not None:
+            self.alarm.cancel()
+            self.alarm = None
+        if self.lead is not None:
+            self.loop.remove_reader(self.lead)
+            os.close(self.lead)
+            self.lead = None
 
     def stop(self) -> None:
         """Have the loop's own thread end it."""
@@ -285,6 +471,7 @@ class _Runner:
     def cancel_rest(self) -> None:
         """At the end also those of abort and close."""
         self.stopping = True
+        self.leave_lead()
         self._begin_all()
         for callback in list(self.waiting.values()):
             callback.cancel(_STOPPED, _PATIENCE)
@@ -299,25 +486,12 @@ class _Runner:
             callback.give_up()
 
 
-_COPIES = sys.version_info < (3, 11)  # a task has a copy of its context
-_EAGER = sys.version_info >= (3, 12)
-
-
-def _make_task(
-    loop: asyncio.AbstractEventLoop, run: Coroutine[Any, Any, None], context: contextvars.Context
-) -> asyncio.Task[None]:
-    if _COPIES:
-        return context.run(loop.create_task, run)
-    if _EAGER and loop.get_task_factory() is None:
-        # A coroutine that does not wait is at its end at once.
-        return asyncio.Task(run, loop=loop, context=context, eager_start=True)  # type: ignore[call-arg,unused-ignore]
-    return loop.create_task(run, context=context)  # type: ignore[call-arg,unused-ignore]
-
-
-def _without_first_frame(error: BaseException) -> BaseException:
+def _without_our_frames(error: BaseException) -> BaseException:
     """The traceback begins in the filter's code."""
     found = error.__traceback__
-    return error.with_traceback(found.tb_next) if found is not None and found.tb_next else error
+    while found is not None and found.tb_frame.f_code.co_filename == __file__:
+        found = found.tb_next
+    return error if found is None else error.with_traceback(found)
 
 
 def _place(awaitable: object) -> str:
@@ -536,6 +710,44 @@ def start(
             the variables that the connection has now, or None where these are the same.
     """
     _the_runner().start(_Callback(awaitable, ctx, variables, stage, is_last, ended))
+
+
+def first_step(
+    awaitable: Awaitable[Any],
+    ctx: milterContext,
+    variables: contextvars.Context,
+    stage: str,
+    is_last: bool,
+) -> tuple[int, Any]:
+    """Take the first step of what a callback returned, on the loop's thread, which leads.
+
+    Args:
+        awaitable: see ``start``, like all others.
+        ctx: likewise.
+        variables: likewise.
+        stage: likewise.
+        is_last: likewise.
+
+    Returns:
+        What has become of it, with the result or the exception; or that it waits, with an object
+        whose ``expect`` is to be called with an ``ended`` as that of ``start``.
+    """
+    runner = _the_runner() if _runner is None else _runner
+    if not runner.stopping or is_last:
+        coroutine = _coroutine_of(awaitable)
+        driver = runner.spare_driver()
+        try:
+            waits_for = driver.first_step(coroutine, variables)
+        except StopIteration as end:
+            return _RETURNED, end.value
+        except BaseException as error:  # noqa: BLE001 - it is the callback's outcome
+            return _RAISED, _without_our_frames(error)
+        callback = _Callback(awaitable, ctx, variables, stage, is_last, _unexpected)
+        callback.wait(runner, driver, coroutine, waits_for)
+    else:
+        callback = _Callback(awaitable, ctx, variables, stage, is_last, _unexpected)
+        callback.begin(runner)  # which leaves it off
+    return _WAITS, callback
 
 
 def wait(

@@ -170,6 +170,7 @@ class Base(milter._Decoder):
     _actions: int = milter.CURR_ACTS
     _protocol: int = 0
     _protocol_mask: ClassVar[int]
+    _only_coroutines: ClassVar[bool] = False
     if TYPE_CHECKING:
         context: milterContext | None
         actions: int
@@ -372,9 +373,21 @@ class Base(milter._Decoder):
         if mask is None:
             mask = ALL_STEPS & ~(cls._enabled_steps() | callback_steps(cls))
             cls._protocol_mask = mask
-            if any(is_coroutine(getattr(cls, name, None)) for name in _ALL_CALLBACKS):
-                milter._keep_variables()
+            cls._tell_of_coroutines()
         return mask
+
+    @classmethod
+    def _tell_of_coroutines(cls) -> None:
+        """Have the extension know whether callbacks of this class are coroutines, and only such."""
+        own = [
+            method
+            for name in ("negotiate", *_ALL_CALLBACKS)
+            if (method := getattr(cls, name, None)) is not getattr(Base, name, None)
+        ]
+        coroutines = [method for method in own if is_coroutine(method)]
+        if coroutines:
+            cls._only_coroutines = len(coroutines) == len(own)
+            milter._keep_variables(cls._only_coroutines)
 
     @classmethod
     def _enabled_steps(cls) -> int:
@@ -391,6 +404,8 @@ class Base(milter._Decoder):
         if any(callable(own[name]) for name in _CALLBACK_NAMES.intersection(own)):
             # Methods that were assigned to the instance replace those of its class.
             wanted = wanted & (FEATURE_STEPS | self._enabled_steps()) | callback_steps(self)
+            if self._only_coroutines:
+                milter._keep_variables(False)  # some may be plain
         return wanted
 
     def negotiate(self, opts: list[int]) -> int:

@@ -9,6 +9,7 @@
 #include "process.h"
 #include "report.h"
 #include "threads.h"
+#include "turns.h"
 #include "verdict.h"
 #include "wake.h"
 
@@ -198,18 +199,6 @@ end_forked_child(PyObject *result)
 
 /* ------------------------------------------------- the variables of a connection */
 
-/* Whether callbacks run in a contextvars context of their connection: once some are, or may be,
- * coroutines. */
-static atomic_bool variables_kept;
-
-/* _keep_variables() */
-PyObject *
-keep_variables(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
-{
-    atomic_store(&variables_kept, true);
-    Py_RETURN_NONE;
-}
-
 /* The connection's contextvars context, owned; NULL with an exception set. */
 static PyObject *
 variables_of(ContextObject *context)
@@ -226,8 +215,7 @@ enter_variables(const Call *call)
 {
     PyObject *variables;
 
-    if (!atomic_load_explicit(&variables_kept, memory_order_relaxed) ||
-        call->step.context == NULL) {
+    if (!variables_are_kept() || call->step.context == NULL) {
         return NULL;
     }
     variables = variables_of(call->step.context);
@@ -397,7 +385,7 @@ end_callback(Call *call)
 /* ------------------------------------------------------------- what is waited for */
 
 /* What has become of it; Milter._async counts likewise. */
-enum outcome { RETURNED, RAISED, STOPPED_BY_DRAIN, HUNG_UP };
+enum outcome { RETURNED, RAISED, STOPPED_BY_DRAIN, HUNG_UP, WAITS };
 
 /* A callback that returned an awaitable, from there until its answer is known. */
 typedef struct {
@@ -542,27 +530,76 @@ answer(PyObject *capsule, PyObject *args)
 
 static PyMethodDef answer_definition = {"answer", answer, METH_VARARGS, NULL};
 
-/* Call a function of Milter._async: with the awaitable, the connection's context and variables,
- * whether it is abort or close, and, where it is not NULL, `last`. */
+/* Call a function of Milter._async, or what goes by it: with the awaitable, the connection's
+ * context and variables, the stage, whether it is abort or close, and, where it is not NULL,
+ * `last`. */
 static PyObject *
-call_async(const char *function, PyObject *awaitable, Call *call, PyObject *last)
+call_async(PyObject *function, PyObject *awaitable, Call *call, PyObject *last)
 {
-    PyObject *module = PyImport_ImportModule("Milter._async");
-    PyObject *variables = module == NULL ? NULL : variables_of(call->step.context);
+    PyObject *variables = function == NULL ? NULL : variables_of(call->step.context);
+    PyObject *stage =
+        variables == NULL ? NULL : PyUnicode_InternFromString(stages[call->step.stage].name);
     PyObject *result = NULL;
 
-    if (variables != NULL) {
+    if (stage != NULL) {
         bool is_end = call->step.stage == ABORT || call->step.stage == CLOSE;
-        result = PyObject_CallMethod(module, function, "OOOsOO", awaitable, call->step.context,
-                                     variables, stages[call->step.stage].name,
-                                     is_end ? Py_True : Py_False, last);
+        PyObject *args[] = {awaitable, (PyObject *)call->step.context, variables,
+                            stage,     is_end ? Py_True : Py_False,    last};
+        result = PyObject_Vectorcall(function, args, last == NULL ? 5 : 6, NULL);
     }
     if (result == NULL) {
         close_awaitable(awaitable);
     }
+    Py_XDECREF(stage);
     Py_XDECREF(variables);
-    Py_XDECREF(module);
     return result;
+}
+
+/* A function of Milter._async, owned. */
+static PyObject *
+async_function(const char *name)
+{
+    PyObject *module = PyImport_ImportModule("Milter._async");
+    PyObject *function = module == NULL ? NULL : PyObject_GetAttrString(module, name);
+
+    Py_XDECREF(module);
+    return function;
+}
+
+/* Suspend the callback: a function that is to be called with its answer, owned.  NULL with an
+ * exception set, or without where the engine cannot suspend this callback. */
+static PyObject *
+suspend(Call *call)
+{
+    Waiting *waiting = calloc(1, sizeof *waiting);
+    PyObject *capsule = waiting == NULL ? PyErr_NoMemory() : PyCapsule_New(waiting, NULL, NULL);
+    PyObject *function = capsule == NULL ? NULL : PyCFunction_New(&answer_definition, capsule);
+
+    Py_XDECREF(capsule);
+    if (function != NULL) {
+        waiting->call = *call;
+        waiting->suspended = engine->suspend(call->step.handle);
+        if (waiting->suspended == NULL) {
+            Py_CLEAR(function);
+        }
+    }
+    if (function == NULL) {
+        free(waiting);
+        return NULL;
+    }
+    count_waiting(1);
+    return function;
+}
+
+/* It could not be begun: the exception that is set is its answer. */
+static void
+answer_with_exception(PyObject *function)
+{
+    Waiting *waiting = take_waiting(PyCFunction_GET_SELF(function));
+
+    if (waiting != NULL) {
+        resume_waiting(waiting, RAISED, take_exception());
+    }
 }
 
 /* Have the loop await it; the engine's thread need not.  False: an exception is set, or the engine
@@ -570,44 +607,101 @@ call_async(const char *function, PyObject *awaitable, Call *call, PyObject *last
 static bool
 hand_over(Call *call, PyObject *awaitable)
 {
-    Waiting *waiting = calloc(1, sizeof *waiting);
-    PyObject *capsule = waiting == NULL ? NULL : PyCapsule_New(waiting, NULL, NULL);
-    PyObject *function = capsule == NULL ? NULL : PyCFunction_New(&answer_definition, capsule);
-    PyObject *started;
+    PyObject *function = suspend(call), *start, *started;
 
-    Py_XDECREF(capsule);
-    if (function != NULL) {
-        waiting->call = *call;
-        waiting->suspended = engine->suspend(call->step.handle);
-    }
-    if (function == NULL || waiting->suspended == NULL) {
-        if (waiting == NULL) {
-            PyErr_NoMemory();
-        }
-        Py_XDECREF(function);
-        free(waiting);
+    if (function == NULL) {
         return false;
     }
-    count_waiting(1);
-    started = call_async("start", awaitable, call, function);
-    if (started == NULL && take_waiting(PyCFunction_GET_SELF(function)) != NULL) {
-        resume_waiting(waiting, RAISED, take_exception());
+    start = async_function("start");
+    started = call_async(start, awaitable, call, function);
+    if (started == NULL) {
+        answer_with_exception(function);
     }
     Py_XDECREF(started);
+    Py_XDECREF(start);
     Py_DECREF(function);
     return true;
+}
+
+/* In a turn of the loop: it waits, and goes on there.  False with an exception set. */
+static bool
+let_wait(Call *call, PyObject *waiting)
+{
+    PyObject *function = suspend(call), *exception = NULL, *expected;
+
+    if (function == NULL) {
+        if (!PyErr_Occurred()) {
+            PyErr_SetString(PyExc_RuntimeError, "the engine cannot suspend this callback");
+        }
+        exception = take_exception();
+    }
+    expected = PyObject_CallMethod(waiting, "expect", "O", function == NULL ? Py_None : function);
+    if (expected == NULL && function != NULL) {
+        answer_with_exception(function);
+    }
+    Py_XDECREF(expected);
+    if (exception != NULL) {
+        PyErr_Clear();
+        raise_exception(exception);
+    }
+    Py_XDECREF(function);
+    return function != NULL;
+}
+
+/* In a turn of the loop: take the first step here and now, which may be all of it. */
+static PyObject *
+step_here(Call *call, PyObject *awaitable, bool *later)
+{
+    PyObject *step = call_async(first_step_here(), awaitable, call, NULL); /* (outcome, value) */
+    PyObject *value = step == NULL ? NULL : Py_NewRef(PyTuple_GET_ITEM(step, 1));
+    long outcome = step == NULL ? RAISED : PyLong_AsLong(PyTuple_GET_ITEM(step, 0));
+
+    Py_XDECREF(step);
+    if (outcome == RAISED && value != NULL) {
+        raise_exception(value);
+        value = NULL;
+    }
+    if (outcome == WAITS) {
+        *later = let_wait(call, value);
+        Py_CLEAR(value);
+    }
+    else {
+        end_forked_child(value);
+    }
+    return value;
 }
 
 /* Wait on this thread, without the interpreter lock; what it returns, owned. */
 static PyObject *
 wait_for_it(Call *call, PyObject *awaitable)
 {
-    PyObject *result;
+    PyObject *wait = async_function("wait"), *result;
 
     count_waiting(1);
-    result = call_async("wait", awaitable, call, Py_None);
+    result = call_async(wait, awaitable, call, NULL);
     count_waiting(-1);
+    Py_XDECREF(wait);
     return result;
+}
+
+/* What the awaitable that a callback returned comes to, owned, or NULL with an exception set.  True
+ * in *later: the answer comes later. */
+static PyObject *
+await_it(Call *call, PyObject *awaitable, bool *later)
+{
+    begin_to_keep_variables();
+    if (first_step_here() != NULL) {
+        return step_here(call, awaitable, later);
+    }
+    *later = hand_over(call, awaitable);
+    if (*later) {
+        return NULL;
+    }
+    if (!PyErr_Occurred()) {
+        return wait_for_it(call, awaitable);
+    }
+    close_awaitable(awaitable);
+    return NULL;
 }
 
 sfsistat
@@ -617,19 +711,12 @@ finish(Call *call)
         PyObject *result = call_back(call);
         if (result != NULL && !PyLong_Check(result) && is_awaitable(result)) {
             PyObject *awaitable = result;
-            atomic_store(&variables_kept, true);
-            if (hand_over(call, awaitable)) {
-                Py_DECREF(awaitable);
-                return SMFIS_CONTINUE; /* no answer: that comes later */
-            }
-            if (!PyErr_Occurred()) {
-                result = wait_for_it(call, awaitable);
-            }
-            else {
-                close_awaitable(awaitable);
-                result = NULL;
-            }
+            bool later = false;
+            result = await_it(call, awaitable, &later);
             Py_DECREF(awaitable);
+            if (later) {
+                return SMFIS_CONTINUE; /* no answer */
+            }
         }
         judge(call, result);
     }

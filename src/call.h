@@ -59,7 +59,4 @@ long callbacks_that_wait(void);
 /* The hook hung_up() of the engine. */
 void cancel_callback(SMFICTX *handle);
 
-/* For the module. */
-PyObject *keep_variables(PyObject *module, PyObject *ignored);
-
 #endif

@@ -80,6 +80,7 @@ typedef struct {
     PyObject *raised;            /* what main() raises when the filter has drained */
     PyObject *observer;          /* see observer.c, or NULL */
     PyObject *when_serving;      /* see _when_serving(), or NULL */
+    PyObject *first_step;        /* see turns.c, or NULL */
     char *name;                  /* as registered, for replies and reports */
     atomic_ulong flags;          /* set_flags() */
     atomic_int policy;           /* set_exception_policy() */

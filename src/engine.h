@@ -220,9 +220,9 @@ struct engine {
     int (*quarantine)(SMFICTX *context, char *reason);
 
     /* In a callback but xxfi_negotiate, on its thread: what it returns is no answer, as that comes
-     * later.  NULL, for want of memory, since it is suspended already, or in an xxfi_abort that the
-     * MTA did not ask for: then the answer is what it returns.  No other callback of the connection
-     * comes meanwhile. */
+     * later.  NULL, for want of memory, or since it is suspended already, and with an engine that
+     * cannot: then the answer is what it returns.  No other callback of the connection comes
+     * meanwhile. */
     struct engine_suspended *(*suspend)(SMFICTX *context);
 
     /* Go on, from any thread, in a batch or not; once for each suspend(), and also before the
@@ -230,6 +230,29 @@ struct engine {
      * engine's, in a batch, like a callback: it may suspend itself anew, and what it returns is the
      * answer.  `suspended` is the engine's again.  Never fails, and never waits. */
     void (*resume)(struct engine_suspended *suspended, engine_completion complete, void *data);
+
+    /* --- an event loop of the program's that leads
+     *
+     * Where callbacks await, their steps are taken on the thread of an event loop.  If that waits
+     * for the engine's connections too, no callback has to change threads.  All three are called by
+     * a thread that has the right to run the filter; attend() is NULL where the engine has no use
+     * for a loop. */
+
+    /* Let the loop of this thread lead, from its next turn on: a descriptor, which is the caller's
+     * to close, that can be read when a turn is due; -1: the engine goes on by itself. */
+    int (*attend)(void);
+
+    /* A turn: do what there is to do, for about a millisecond at most but for what callbacks take,
+     * in batches for which neither enter() nor leave() is called.  How many milliseconds from now
+     * the next one is due in any case; TURN_ON_CALL: not before the descriptor can be read;
+     * TURN_OVER: the loop leads no longer, since the engine ends or a callback took long. */
+    long (*take_turn)(void);
+
+    /* The engine shall go on by itself; from any thread.  The next turn is the last. */
+    void (*dismiss)(void);
 };
+
+#define TURN_ON_CALL (-1)
+#define TURN_OVER (-2)
 
 #endif

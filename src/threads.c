@@ -20,7 +20,7 @@ static size_t at_once = 1;
 /* In one, as each look at a thread's own memory is a call. */
 static _Thread_local struct {
     PyThreadState *state;
-    bool attached; /* by enter_python() */
+    bool attached; /* by enter_python() or join_engine() */
 } self;
 
 /* The gate: false once the interpreter is going away, true with a seat inside otherwise.
@@ -112,6 +112,20 @@ leave_python(void)
 {
     self.attached = false;
     PyEval_SaveThread();
+    leave_gate();
+}
+
+bool
+join_engine(void)
+{
+    self.attached = pass_gate();
+    return self.attached;
+}
+
+void
+leave_engine(void)
+{
+    self.attached = false;
     leave_gate();
 }
 

@@ -13,7 +13,12 @@ void *release_python(void);
 void reacquire_python(void *released);
 void give_back_thread_state(void);
 
-/* Has this thread come in by enter_python()? */
+/* For a thread of the interpreter's own, which has its lock: go in as one of the engine's, and out
+ * again.  False: nobody comes in any more. */
+bool join_engine(void);
+void leave_engine(void);
+
+/* Has this thread come in by one of these? */
 bool is_in_python(void);
 
 /* In main(), before the first thread comes. */

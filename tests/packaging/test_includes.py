@@ -17,7 +17,7 @@ FLOORS = [
     {"clock", "stages", "wake", "descriptors", "signal_sets", "process", "common"},
     {"text", "arguments", "reply", "report", "constants", "socket_name", "engine"},
     {"engine/"},
-    {"threads", "crew", "metrics", "context", "observer", "actions"},
+    {"threads", "turns", "crew", "metrics", "context", "observer", "actions"},
     {"verdict", "failure", "call", "negotiate", "trampolines", "decoder", "rules"},
     {"signals", "socket", "workers", "lifecycle"},
 ]

@@ -31,6 +31,7 @@
 #define SLOW_FOR_NS 1000000000LL /* so long a step that was slow is taken for slow */
 #define FINISH_SECONDS 1.0       /* for threads to end */
 #define MOST_LOOPS 64
+#define TURN_NS 1000000LL /* so long a turn may go on, where there is something to do */
 
 _Static_assert(SESSION_CUT_OFF == ENGINE_CUT_OFF, "the session passes on what completions return");
 
@@ -52,6 +53,7 @@ struct loop {
     double next_timeout; /* not before then has a connection waited for too long */
     atomic_bool polling; /* the leader waits, and has to be woken */
     bool all_told;       /* all that were watched are queued, since they are to end */
+    bool claimed;        /* its leader makes room for the guest */
     int spin_credit;
 };
 
@@ -78,6 +80,10 @@ static struct {
 } steps[256];
 
 static char listener_tag, lifeline_tag;
+
+/* The guest leads the first loop, where that is the only one. */
+static bool guest_dismissed;
+static double guest_alarm; /* when it was promised a turn last */
 
 /* ------------------------------------------------------------------------ queue */
 
@@ -464,11 +470,30 @@ serve_queued(struct member *self, struct connection *connection)
     settle(connection, over);
 }
 
-/* All that is queued, in one entry into the interpreter. */
+/* Does it lead, and shall it go on? */
+static bool
+goes_on_leading(const struct member *self)
+{
+    return is_leader(self) && !team_is_ending() &&
+           !(self == &guest ? guest_dismissed : loop_of(self)->claimed);
+}
+
+/* All that is queued, by who is in a batch. */
+static void
+serve_all(struct member *self)
+{
+    struct loop *loop = loop_of(self);
+    struct connection *connection;
+
+    while (goes_on_leading(self) && (connection = dequeue(loop)) != NULL) {
+        serve_queued(self, connection);
+    }
+}
+
+/* The same, in one entry into the interpreter. */
 static void
 run_batch(struct member *self)
 {
-    struct loop *loop = loop_of(self);
     bool inside;
 
     team_is_active();
@@ -476,14 +501,7 @@ run_batch(struct member *self)
     take_callback_mask(self);
     inside = hooks->enter();
     pthread_mutex_lock(&team_lock);
-    while (is_leader(self) && !team_is_ending()) {
-        struct connection *connection = dequeue(loop);
-
-        if (connection == NULL) {
-            break;
-        }
-        serve_queued(self, connection);
-    }
+    serve_all(self);
     pthread_mutex_unlock(&team_lock);
     if (inside) {
         hooks->leave();
@@ -758,12 +776,13 @@ poll_and_spin(struct loop *loop, struct poller_event events[POLLER_EVENTS], int 
     return count;
 }
 
+/* Wait for up to `timeout` milliseconds, and take in what there is. */
 static void
-poll_once(struct loop *loop)
+poll_once(struct loop *loop, int timeout)
 {
     struct poller_event events[POLLER_EVENTS];
-    int timeout = time_to_sleep(loop), count;
-    bool may_spin = loop->connections > 0 && connections <= SPIN_CONNECTIONS;
+    bool may_spin = timeout != 0 && loop->connections > 0 && connections <= SPIN_CONNECTIONS;
+    int count;
 
     loop->polling = true;
     pthread_mutex_unlock(&team_lock);
@@ -789,12 +808,27 @@ poll_once(struct loop *loop)
     }
 }
 
+/* The guest leads from here on, and has its first turn as soon as its loop has time. */
+static void
+make_room(struct loop *loop)
+{
+    loop->claimed = false;
+    loop->seat.leader = &guest;
+    guest.seat = &loop->seat;
+    loop->polling = true;
+    wake_leader(loop);
+}
+
 static void
 lead(struct member *self)
 {
     struct loop *loop = loop_of(self);
 
     while (is_leader(self) && !team_is_ending()) {
+        if (loop->claimed) {
+            make_room(loop);
+            return;
+        }
         if (ending && !loop->all_told) {
             queue_all(loop);
         }
@@ -802,9 +836,123 @@ lead(struct member *self)
             run_batch(self);
         }
         else {
-            poll_once(loop);
+            poll_once(loop, time_to_sleep(loop));
         }
     }
+}
+
+/* --------------------------------------------------------- a loop of the program's */
+
+int
+loop_attend(void)
+{
+    int descriptor = -1;
+
+    pthread_mutex_lock(&team_lock);
+    if (poller_count == 1 && loop_count == 1 && !ending && !team_is_ending() && !forked) {
+        descriptor = poller_descriptor(loops[0].poller);
+    }
+    if (descriptor >= 0) {
+        guest_dismissed = false;
+        guest_alarm = 0;
+        loops[0].claimed = !is_leader(&guest);
+        wake_leader(&loops[0]);
+    }
+    pthread_mutex_unlock(&team_lock);
+    return descriptor;
+}
+
+/* One of the members leads again.  Where none can be had, the guest goes on. */
+static void
+take_lead_back(void)
+{
+    guest_dismissed = false;
+    hand_over(&loops[0].seat, connections + loop_count);
+}
+
+static void
+serve_for_a_while(struct loop *loop)
+{
+    long long began = clock_ns();
+
+    do {
+        if (ending && !loop->all_told) {
+            queue_all(loop);
+        }
+        if (loop->queue == NULL) {
+            poll_once(loop, 0);
+        }
+        if (loop->queue == NULL) {
+            break;
+        }
+        team_is_active();
+        serve_all(&guest);
+    } while (goes_on_leading(&guest) && clock_ns() - began < TURN_NS);
+}
+
+/* When the guest's next turn is due, unless it was told. */
+static long
+next_turn(struct loop *loop)
+{
+    int sleep = time_to_sleep(loop);
+    double now = monotonic_now(), until = now + sleep / 1000.0;
+
+    loop->polling = true;
+    if (loop->queue != NULL) {
+        wake_leader(loop); /* others of its event loop come first */
+    }
+    if (sleep < 0 || (guest_alarm > now && guest_alarm <= until)) {
+        return TURN_ON_CALL;
+    }
+    guest_alarm = until;
+    return sleep;
+}
+
+long
+loop_take_turn(void)
+{
+    struct loop *loop = &loops[0];
+    long next = TURN_OVER;
+
+    pthread_mutex_lock(&team_lock);
+    if (loop->claimed || guest.in_turn) {
+        next = TURN_ON_CALL; /* who led is about to make room; or a turn within a turn */
+    }
+    else if (is_leader(&guest)) {
+        guest.in_turn = true;
+        loop->polling = false;
+        serve_for_a_while(loop);
+        end_turn();
+        if (guest_dismissed && is_leader(&guest)) {
+            take_lead_back();
+        }
+        if (is_leader(&guest) && !team_is_ending()) {
+            next = next_turn(loop);
+        }
+    }
+    pthread_mutex_unlock(&team_lock);
+    return next;
+}
+
+/* With the lock held. */
+static void
+dismiss(void)
+{
+    loops[0].claimed = false;
+    guest_dismissed = true;
+    if (is_leader(&guest) && !guest.in_turn) {
+        take_lead_back();
+    }
+}
+
+void
+loop_dismiss(void)
+{
+    pthread_mutex_lock(&team_lock);
+    if (poller_count > 0) {
+        dismiss();
+    }
+    pthread_mutex_unlock(&team_lock);
 }
 
 /* ------------------------------------------------------- what callbacks have written */
@@ -1001,6 +1149,9 @@ loop_end(void)
 {
     pthread_mutex_lock(&team_lock);
     ending = true;
+    if (poller_count > 0) {
+        dismiss(); /* its loop may be blocked, or end before us */
+    }
     wake_leaders();
     pthread_mutex_unlock(&team_lock);
 }

@@ -18,5 +18,8 @@ bool loop_finish(void);
 void loop_forget(void);
 struct engine_suspended *loop_suspend(SMFICTX *context);
 void loop_resume(struct engine_suspended *suspended, engine_completion complete, void *data);
+int loop_attend(void);
+long loop_take_turn(void);
+void loop_dismiss(void);
 
 #endif

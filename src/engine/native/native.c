@@ -85,4 +85,7 @@ const struct engine native_engine = {
     .quarantine = session_quarantine,
     .suspend = loop_suspend,
     .resume = loop_resume,
+    .attend = loop_attend,
+    .take_turn = loop_take_turn,
+    .dismiss = loop_dismiss,
 };

@@ -143,6 +143,12 @@ poller_wait(struct poller *poller, struct poller_event events[POLLER_EVENTS], in
     return kept;
 }
 
+int
+poller_descriptor(const struct poller *poller)
+{
+    return fcntl(poller->fd, F_DUPFD_CLOEXEC, 0);
+}
+
 void
 poller_wake(struct poller *poller)
 {
@@ -278,6 +284,12 @@ poller_wait(struct poller *poller, struct poller_event events[POLLER_EVENTS], in
         };
     }
     return kept;
+}
+
+int
+poller_descriptor(const struct poller *poller)
+{
+    return fcntl(poller->fd, F_DUPFD_CLOEXEC, 0);
 }
 
 void
@@ -497,6 +509,14 @@ poller_wait(struct poller *poller, struct poller_event events[POLLER_EVENTS], in
     }
     free(copy);
     return kept;
+}
+
+/* Nothing but poll() itself knows of events. */
+int
+poller_descriptor(const struct poller *poller)
+{
+    (void)poller;
+    return -1;
 }
 
 void

@@ -38,6 +38,9 @@ bool poller_watch_end(struct poller *poller, int fd, void *tag, bool watched);
  * there are; 0 also where it was woken. */
 int poller_wait(struct poller *poller, struct poller_event events[POLLER_EVENTS], int timeout);
 
+/* A descriptor, the caller's, that can be read while there are events; -1: there is none such. */
+int poller_descriptor(const struct poller *poller);
+
 /* Have who waits, or will wait next, return.  From any thread, and from a signal handler. */
 void poller_wake(struct poller *poller);
 

@@ -726,9 +726,13 @@ session_take(SMFICTX *session, const struct packet *packet)
     }
     if (!can_follow(session, session->state, command->state)) {
         if (session_in_message(session)) {
-            session->in_callback = false; /* no suspending: another callback follows at once */
             abort_message(session);
-            session->in_callback = true;
+            if (session->suspended) {
+                session->in_callback = false;
+                session->held = true;
+                session->packet = *packet; /* its data stays: see above */
+                return SESSION_SUSPENDED;
+            }
         }
         if (session->state == STATE_BEGIN || !can_follow(session, STATE_HELO, command->state)) {
             session->in_callback = false;
@@ -759,6 +763,14 @@ session_complete(SMFICTX *session, session_completion complete, void *data)
         return go_on_ending(session);
     }
     verdict = complete(session, data);
+    if (session->held && !session->suspended) {
+        session->in_callback = session->held = false;
+        return session_take(session, &session->packet);
+    }
+    if (session->held) {
+        session->in_callback = false;
+        return SESSION_SUSPENDED;
+    }
     if (verdict == SESSION_CUT_OFF && !session->suspended) {
         session->in_callback = false;
         session->state = session->state == STATE_EOM ? STATE_BODY : session->state;

@@ -72,11 +72,13 @@ struct smfi_str {
     char command;     /* that is being answered, or ends the session */
     bool eom_follows; /* the body in SMFIC_BODYEOB is being answered, the end comes next */
     bool in_callback;
-    bool suspended;      /* the callback that runs, or has returned, answers later */
-    bool ending;         /* xxfi_abort or xxfi_close are being called */
-    bool to_abort;       /* then: xxfi_abort is to be called */
-    bool to_close;       /* then: xxfi_close is to be called */
-    bool closed;         /* xxfi_close was called, or need not be */
+    bool suspended; /* the callback that runs, or has returned, answers later */
+    bool ending;    /* xxfi_abort or xxfi_close are being called */
+    bool to_abort;  /* then: xxfi_abort is to be called */
+    bool to_close;  /* then: xxfi_close is to be called */
+    bool closed;    /* xxfi_close was called, or need not be */
+    bool held;      /* the abort that this packet implies is suspended: it comes after it */
+    struct packet packet;
     bool session_before; /* SMFIC_QUIT_NC has ended one on this connection */
     bool was_negotiated;
     unsigned long actions;   /* SMFIF_*, agreed */

@@ -16,6 +16,7 @@
 #define LEAST_STACK (1 << 20) /* bytes: Python's limit of recursion relies on it */
 
 pthread_mutex_t team_lock = PTHREAD_MUTEX_INITIALIZER;
+struct member guest;
 void (*leader_is_late)(struct seat *seat);
 
 static void (*lead_loop)(struct member *self);
@@ -118,7 +119,8 @@ sleep_until_needed(struct member *self)
     if (self->idle) {
         leave_idle(self);
     }
-    return is_leader(self) || (in_time && !ending);
+    /* While the guest leads, one stays to take its place. */
+    return is_leader(self) || (!ending && (in_time || count <= seat_count));
 }
 
 /* Those that have ended by themselves. */
@@ -252,6 +254,13 @@ hand_over(struct seat *seat, size_t at_most)
 }
 
 void
+end_turn(void)
+{
+    guest.in_turn = false;
+    pthread_cond_signal(&someone_ended);
+}
+
+void
 end_team(void)
 {
     ending = true;
@@ -349,6 +358,7 @@ team_begin(struct seat *const *all, size_t *most, void (*lead)(struct member *se
     make_condition(&watch.wake);
     pthread_mutex_lock(&team_lock);
     ending = false;
+    guest = (struct member){.has_mask = true};
     no_recruit = -RECRUIT_NS;
     watch.asleep = false;
     pthread_sigmask(SIG_SETMASK, NULL, &callback_mask);
@@ -375,7 +385,7 @@ some_are_about_to_end(void)
             return true;
         }
     }
-    return false;
+    return guest.in_turn && atomic_load(&guest.began) == 0;
 }
 
 bool
@@ -389,7 +399,7 @@ team_has_ended(double seconds)
         wait_for(&someone_ended, deadline - monotonic_now());
     }
     bury_the_dead();
-    all = count == 0;
+    all = count == 0 && !guest.in_turn;
     pthread_mutex_unlock(&team_lock);
     if (watch.runs) {
         pthread_join(watch.thread, NULL);
@@ -403,6 +413,7 @@ team_forget(void)
 {
     pthread_mutex_init(&team_lock, NULL); /* its holder may not have been forked */
     idle = members = NULL;
+    guest = (struct member){.has_mask = true};
     count = seat_count = 0;
     watch.runs = false;
     ending = true;

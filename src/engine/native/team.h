@@ -26,12 +26,16 @@ struct member {
     bool idle;
     bool has_mask;      /* that of callbacks */
     bool ended;         /* or about to: it is to be joined */
+    bool in_turn;       /* the guest: see below */
     atomic_llong began; /* its callback, in ns of the monotonic clock; 0: it is in none */
     char command;       /* of which it is the callback */
 };
 
 /* Guards all that the members share, of the team and of the loop. */
 extern pthread_mutex_t team_lock;
+
+/* Leads for as long as its turns last, on a thread of the program's: it is none of the members. */
+extern struct member guest;
 
 /* Begin, with one member for each of `count` seats, which leads; with the lock not held.  `lead` is
  * called with the lock held on whichever thread leads, and returns when that is no longer so;
@@ -51,6 +55,9 @@ bool is_leader(const struct member *member);
 /* Somebody else shall lead from now on: true where there is somebody.  `at_most`: there need not be
  * more members than that. */
 bool hand_over(struct seat *seat, size_t at_most);
+
+/* The guest's turn is over. */
+void end_turn(void);
 
 /* A leader begins a batch. */
 void team_is_active(void);

@@ -1,0 +1,23 @@
+/* An event loop of the program's leads the engine, a turn at a time, where all callbacks await. */
+
+#ifndef PYMILTER_TURNS_H
+#define PYMILTER_TURNS_H
+
+#include "common.h"
+
+/* For the module. */
+PyObject *keep_variables(PyObject *module, PyObject *only_coroutines);
+PyObject *attend(PyObject *module, PyObject *first_step);
+PyObject *take_turn(PyObject *module, PyObject *ignored);
+PyObject *dismiss_loop(PyObject *module, PyObject *ignored);
+
+/* Do callbacks run in a contextvars context of their connection?  Once some are, or may be,
+ * coroutines. */
+bool variables_are_kept(void);
+void begin_to_keep_variables(void);
+
+/* Milter._async.first_step, borrowed, for callbacks that this thread runs in a turn; NULL outside
+ * of one. */
+PyObject *first_step_here(void);
+
+#endif
