@@ -368,6 +368,7 @@ class _Runner:
         self.waiting: dict[int, _Callback] = {}
         self.left: set[asyncio.Task[None]] = set()
         self.spare: _Driver | None = None
+        self.can_lead = True
         self.lead: int | None = None  # the engine's descriptor, while the loop leads
         self.alarm: asyncio.TimerHandle | None = None
 
@@ -422,17 +423,18 @@ class _Runner:
 
         Then none of them has to be brought here, nor its answer to a thread of the engine.
         """
-        if self.stopping:
+        if self.stopping or not self.can_lead:
             return
         descriptor = milter._attend(first_step)
         if descriptor >= 0:
             try:
                 self.loop.add_reader(descriptor, self.take_turn)
-            except BaseException:
+            except Exception:  # noqa: BLE001 - some loops watch nothing for others; it goes without
+                self.can_lead = False
                 milter._dismiss()
                 os.close(descriptor)
-                raise
-            self.lead = descriptor
+            else:
+                self.lead = descriptor
 
     def take_turn(self) -> None:
         milliseconds = milter._take_turn()

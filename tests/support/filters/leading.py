@@ -1,0 +1,167 @@
+"""Filters all of whose callbacks are coroutines, and others: leading.py SOCKET CLASS [OPTIONS].
+
+OPTIONS is a dict, the keywords of ``runmilter``. Which thread runs a callback is said on standard
+output, and other things that happen, a line for each.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextvars
+import os
+import sys
+import threading
+import time
+import warnings
+from typing import Any
+
+import Milter
+
+BEFORE: contextvars.ContextVar[str] = contextvars.ContextVar("BEFORE", default="nothing")
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def where() -> str:
+    name = threading.current_thread().name
+    return "the loop's thread" if name == "milter-coroutines" else "a thread of the engine"
+
+
+class Leading(Milter.Base):
+    """Coroutines that do nothing, and one that waits."""
+
+    async def connect(self, host: str, family: Any, address: Any) -> int:
+        BEFORE.set(host)
+        return Milter.CONTINUE
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        say("envfrom on", where(), "after", BEFORE.get())
+        return Milter.CONTINUE
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        await asyncio.sleep(0.01)
+        say("envrcpt on", where(), "after", BEFORE.get())
+        return Milter.REJECT if "no" in to else Milter.CONTINUE
+
+    async def eom(self) -> int:
+        self.addheader("X-Before", BEFORE.get())
+        return Milter.ACCEPT
+
+
+class Plain(Leading):
+    """One callback of the application's is plain, and may block."""
+
+    def hello(self, name: str) -> int:
+        say("hello on", where())
+        return Milter.CONTINUE
+
+
+class Negotiating(Leading):
+    """The same is true of negotiation."""
+
+    def negotiate(self, opts: list[int]) -> int:
+        say("negotiate on", where())
+        return super().negotiate(opts)
+
+
+class Assigned(Leading):
+    """A plain callback of the instance."""
+
+    def __init__(self) -> None:
+        self.hello = lambda name: (say("hello on", where()), Milter.CONTINUE)[1]  # type: ignore[method-assign]
+
+
+class Unusual(Milter.Base):
+    """What the sender's name says, in a first step."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        if "cancels-and-returns" in sender:
+            task.cancel()
+        elif "cancels-and-waits" in sender:
+            task.cancel()
+            await asyncio.Event().wait()
+        elif "cancels-future" in sender:
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+        elif "raises" in sender:
+            raise KeyError("in a first step")
+        elif "limit" in sender:
+            try:
+                await asyncio.wait_for(asyncio.Event().wait(), 0.01)
+            except asyncio.TimeoutError:
+                self.setreply("450", "4.7.0", "it took too long")
+                return Milter.TEMPFAIL
+        elif "blocks" in sender:
+            say("blocks")
+            time.sleep(0.5)
+        elif "forks" in sender:
+            self.fork()
+        return Milter.CONTINUE
+
+    def fork(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the child lacks
+            pid = os.fork()
+        if pid:
+            say("child ended with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        tasks = len(asyncio.all_tasks())
+        say("tasks", tasks, "on", where())
+        return Milter.CONTINUE
+
+
+class Aborting(Milter.Base):
+    """Takes its time to abort; nothing else of the connection comes meanwhile."""
+
+    aborts = False
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        say("envfrom", sender, "while it aborts" if self.aborts else "afterwards")
+        return Milter.CONTINUE
+
+    async def abort(self) -> int:
+        self.aborts = True
+        await asyncio.sleep(0.05)
+        self.aborts = False
+        return Milter.CONTINUE
+
+
+class Stuck(Milter.Base):
+    """Blocks its loop for good, in no callback's first step."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return Milter.CONTINUE
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        await asyncio.sleep(0)
+        say("blocks")
+        time.sleep(60)
+        return Milter.CONTINUE
+
+
+class Deaf(asyncio.SelectorEventLoop):
+    """A loop that watches no descriptors for others."""
+
+    def add_reader(self, *args: Any) -> None:
+        raise NotImplementedError
+
+
+if __name__ == "__main__":
+    socket, name, *more = sys.argv[1:]
+    Milter.factory = globals()[name]
+    options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
+    if options.pop("deaf", False):
+        options["loop_factory"] = Deaf
+    if options.pop("uvloop", False):
+        import uvloop
+
+        options["loop_factory"] = uvloop.new_event_loop
+    Milter.runmilter("leading", socket, **options)
+    say("served")

@@ -1,0 +1,180 @@
+"""Where all callbacks are coroutines, their event loop leads the native engine."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, Callable
+
+import pytest
+from support.process import WAIT
+
+from Milter.mta import MTA, AddHeader, FilterClosed, SmtpReply, Verdict
+
+UVLOOP = pytest.mark.skipif(
+    importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
+)
+SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in leading",))
+LOOP = "the loop's thread"
+ENGINE = "a thread of the engine"
+
+
+@pytest.fixture
+def leading(run_filter: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a class of the filter on the native engine, with keywords for runmilter."""
+
+    def run(name: str, **options: Any) -> Any:
+        return run_filter("leading", name, repr({"engine": "native", **options}))
+
+    return run
+
+
+def greet(mta: MTA, host: str = "client.example") -> None:
+    mta.connect_info(host)
+    mta.helo("h")
+
+
+def message(mta: MTA, to: str = "<c@d>") -> Any:
+    mta.mail("<a@b>")
+    mta.rcpt(to)
+    mta.data()
+    mta.header("Subject", " x")
+    mta.eoh()
+    return mta.eom()
+
+
+@pytest.mark.parametrize("loop", ["", pytest.param("uvloop", marks=UVLOOP)])
+def test_the_loop_runs_the_callbacks(leading: Callable[..., Any], loop: str) -> None:
+    """From the first coroutine on; what connect set in its variables is there."""
+    running = leading("Leading", **({"uvloop": True} if loop else {}))
+    for host in ("one.example", "two.example"):
+        with running.mta() as mta:
+            greet(mta, host)
+            reply = message(mta)
+            assert reply.verdict == Verdict.ACCEPT
+            assert reply.modifications == (AddHeader(b"X-Before", host.encode()),)
+            running.wait_for(f"envfrom on {LOOP} after {host}")
+            running.wait_for(f"envrcpt on {LOOP} after {host}")
+            mta.mail("<a@b>")
+            assert mta.rcpt("<no@d>").verdict == Verdict.REJECT
+    assert running.stop() == 0
+    running.wait_for("served")
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("Plain", "hello"), ("Negotiating", "negotiate"), ("Assigned", "hello")]
+)
+def test_a_plain_callback_may_block_so_the_loop_does_not_run_it(
+    leading: Callable[..., Any], name: str, plain: str
+) -> None:
+    running = leading(name)
+    for _ in range(3):
+        with running.mta() as mta:
+            greet(mta)
+            assert message(mta).verdict == Verdict.ACCEPT
+    assert running.stop() == 0
+    lines = running.output.split("\n")
+    assert lines.count(f"{plain} on {ENGINE}") == 3
+    assert lines.count(f"envrcpt on {LOOP} after client.example") == 3
+
+
+def test_a_loop_that_watches_nothing_for_others(leading: Callable[..., Any]) -> None:
+    running = leading("Leading", deaf=True)
+    for _ in range(2):
+        with running.mta() as mta:
+            greet(mta)
+            assert message(mta).verdict == Verdict.ACCEPT
+    running.wait_for(f"envrcpt on {LOOP} after client.example", 2)
+    assert running.stop() == 0
+
+
+def test_what_may_happen_in_a_first_step(leading: Callable[..., Any]) -> None:
+    """The task is that of the coroutine, for whoever asks; no other callback's."""
+    running = leading("Unusual")
+    with running.mta() as mta:
+        greet(mta)
+        assert mta.mail("<x@b>").verdict == Verdict.CONTINUE
+        assert mta.mail("<cancels-and-returns@b>").verdict == Verdict.CONTINUE
+        assert mta.mail("<x@b>").verdict == Verdict.CONTINUE
+        assert mta.mail("<cancels-and-waits@b>").verdict == Verdict.TEMPFAIL
+        assert mta.mail("<x@b>").verdict == Verdict.CONTINUE
+        assert mta.mail("<cancels-future@b>").smtp == SOFT
+        assert mta.mail("<raises@b>").smtp == SOFT
+        assert mta.mail("<limit@b>").smtp == SmtpReply(450, "4.7.0", ("it took too long",))
+        assert mta.mail("<forks@b>").verdict == Verdict.CONTINUE
+        mta.rcpt("<c@d>")
+    running.wait_for("child ended with 0")
+    running.wait_for(f"tasks 0 on {LOOP}")
+    assert running.stop() == 0
+    assert "KeyError: 'in a first step'" in running.output
+    assert "_async.py" not in running.output  # the traceback is of the filter's code
+    assert "destroyed" not in running.output
+
+
+def test_others_are_served_while_a_first_step_blocks(leading: Callable[..., Any]) -> None:
+    """As far as they need no coroutine; then the loop leads anew."""
+    running = leading("Unusual")
+    with running.mta() as mta, ThreadPoolExecutor(1) as pool:
+        greet(mta)
+        mta.mail("<x@b>")  # from here on the loop leads
+        reply = pool.submit(mta.mail, "<blocks@b>")
+        running.wait_for("blocks")
+        with running.mta() as other:  # negotiates
+            greet(other)
+            assert not reply.done()
+            assert other.mail("<x@b>").verdict == Verdict.CONTINUE
+        assert reply.result(WAIT).verdict == Verdict.CONTINUE
+        mta.rcpt("<c@d>")
+    running.wait_for(f"tasks 0 on {LOOP}")
+    assert running.stop() == 0
+
+
+def test_an_abort_that_a_message_implies_may_wait(leading: Callable[..., Any]) -> None:
+    """An MTA that begins another message without a word about the first."""
+    running = leading("Aborting")
+    with running.mta() as mta:
+        greet(mta)
+        for number in range(3):
+            assert mta.mail(f"<{number}@b>").verdict == Verdict.CONTINUE
+    running.wait_for("envfrom <2@b>")
+    assert running.stop() == 0
+    assert "while it aborts" not in running.output
+    assert running.output.count("afterwards") == 3
+
+
+def test_a_loop_that_is_blocked_for_good_does_not_keep_the_filter(
+    leading: Callable[..., Any],
+) -> None:
+    """Nor the connections: when the time is over they are closed."""
+    running = leading("Stuck", drain_timeout=1)
+    with contextlib.suppress(FilterClosed), ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        mta, idle = (stack.enter_context(running.mta()) for _ in range(2))
+        greet(idle)
+        greet(mta)
+        mta.mail("<x@b>")
+        reply = pool.submit(mta.rcpt, "<c@d>")
+        running.wait_for("blocks")
+        running.process.send_signal(signal.SIGTERM)
+        idle.expect_close(WAIT)
+        with contextlib.suppress(FilterClosed):
+            assert reply.result(WAIT).verdict == Verdict.TEMPFAIL
+    assert running.wait() == 0
+    running.wait_for("stopped with 1 messages still in progress after 1 s")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_in_progress_comes_to_its_end(leading: Callable[..., Any], workers: int) -> None:
+    """A stop leaves the messages their time, whoever leads."""
+    running = leading("Leading", **({"workers": workers} if workers > 1 else {}))
+    with contextlib.suppress(FilterClosed), running.mta() as mta:
+        greet(mta)
+        assert message(mta).verdict == Verdict.ACCEPT
+        mta.mail("<a@b>")
+        running.process.send_signal(signal.SIGTERM)
+        mta.rcpt("<c@d>")
+        verdict = mta.eom().verdict
+    assert verdict == Verdict.ACCEPT
+    assert running.wait() == 0
