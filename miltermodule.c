@@ -13,9 +13,10 @@
  *   0  clock, stages, wake, descriptors, signal_sets, process: what needs no Python; common
  *   1  text, arguments, reply, report, constants, socket_name; engine.h: the seam
  *   2  engine/: who speaks to the MTA
- *   3  threads, turns, crew, metrics, context, observer, actions: connections and what a filter
- * does to a message 4  verdict, failure, call, negotiate, trampolines, decoder, rules: a callback's
- * way in and out 5  signals, socket, workers, lifecycle: from main() to the end of the process
+ *   3  threads, turns, crew, metrics, context, observer, actions: connections and what is done to a
+ *      message
+ *   4  verdict, failure, call, negotiate, trampolines, decoder, rules: a callback's way in and out
+ *   5  signals, socket, workers, lifecycle: from main() to the end of the process
  *
  * The authority for every smfi_ call is libmilter's manual (package sendmail-doc) and
  * <libmilter/mfapi.h>.

@@ -318,6 +318,7 @@ async def serve(
     """Serve in the event loop that runs, for programs that do other things beside.
 
     Callbacks that are coroutines run in this loop; plain ones on threads of the engine, as ever.
+    Where there are no plain ones, the loop waits for the connections of the engine ``native`` too.
     Signals are left to the program.
 
     When its task is cancelled, the filter drains, which takes up to ``drain_timeout`` seconds, and
