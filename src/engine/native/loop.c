@@ -4,25 +4,18 @@
 
 #include <errno.h>
 #include <limits.h>
-#include <poll.h>
 #include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "acceptor.h"
 #include "clock.h"
 #include "connection.h"
-#include "listener.h"
 #include "poller.h"
 #include "team.h"
 
-#define TIMEOUT 7210    /* seconds for the MTA's next command: libmilter's */
-#define MOST_DATA 65535 /* bytes in a packet: libmilter's MILTER_CHUNK_SIZE */
-#define ACCEPT_AT_ONCE 16
-#define ACCEPT_PAUSE 1.0         /* seconds, where descriptors or memory have run out */
-#define PATIENCE 0.003           /* seconds for another process to take a connection */
+#define TIMEOUT 7210             /* seconds for the MTA's next command: libmilter's */
+#define MOST_DATA 65535          /* bytes in a packet: libmilter's MILTER_CHUNK_SIZE */
 #define PACKETS_AT_ONCE 64       /* of one connection, while others wait */
 #define HELD_BACK 262144         /* bytes that may wait to be sent before a callback has to wait */
 #define SPIN_NS 50000            /* so long a leader looks before it sleeps */
@@ -62,16 +55,8 @@ static struct seat *seats[MOST_LOOPS];
 static size_t loop_count;   /* that have a leader */
 static size_t poller_count; /* 0: nothing runs */
 static size_t connections;  /* of all loops */
-static bool accepting;
-static bool ending; /* end(): connections are to be closed */
+static bool ending;         /* end(): connections are to be closed */
 static bool forked;
-
-/* The first loop accepts for all. */
-static bool listener_watched;
-static double accept_again; /* when the listener is watched again; 0: it is, or is not to be */
-static bool listener_left;  /* to other processes, until then */
-static unsigned long taken; /* by all processes when it was left */
-static bool told_of_shortage;
 
 /* How long the last callback of a kind took, and when. */
 static struct {
@@ -79,6 +64,7 @@ static struct {
     atomic_llong ended;
 } steps[256];
 
+/* The first loop accepts for all. */
 static char listener_tag, lifeline_tag;
 
 /* The guest leads the first loop, where that is the only one. */
@@ -219,7 +205,6 @@ watch_for_end(struct connection *connection)
     connection->writing = false;
 }
 
-/* Closed connections make room for new ones. */
 static void
 destroy(struct connection *connection)
 {
@@ -227,8 +212,7 @@ destroy(struct connection *connection)
     unlink_connection(connection);
     connection_reclaim(connection, &connection->loop->stock);
     connection_free(connection);
-    if (accept_again != 0 && !listener_left) {
-        accept_again = 1; /* at once */
+    if (acceptor_has_room()) {
         wake_leader(&loops[0]);
     }
 }
@@ -509,29 +493,7 @@ run_batch(struct member *self)
     pthread_mutex_lock(&team_lock);
 }
 
-/* ------------------------------------------------------------------- accepting */
-
-static void
-watch_listener(void)
-{
-    int fd = listener_descriptor();
-
-    accept_again = 0;
-    listener_left = false;
-    if (accepting && fd >= 0 && !listener_watched) {
-        listener_watched = poller_add(loops[0].poller, fd, &listener_tag, false, false);
-    }
-}
-
-static void
-pause_listener(double seconds)
-{
-    if (listener_watched) {
-        poller_remove(loops[0].poller, listener_descriptor());
-        listener_watched = false;
-    }
-    accept_again = monotonic_now() + seconds;
-}
+/* ------------------------------------------------------------- new connections */
 
 static int driver_written(SMFICTX *session, bool urgent);
 static void driver_log(const char *level, const char *text);
@@ -573,90 +535,7 @@ take_in(int fd)
     return true;
 }
 
-static void
-note_shortage(int code)
-{
-    char text[160];
-
-    if (!told_of_shortage) {
-        told_of_shortage = true;
-        snprintf(text, sizeof text,
-                 "cannot accept connections for now: %s; goes on by itself when that has changed",
-                 strerror(code));
-        hooks->log("error", text);
-    }
-    pause_listener(ACCEPT_PAUSE);
-}
-
-/* Take what waits to be accepted; `most` at a time.  With the lock held. */
-static void
-accept_waiting(int most)
-{
-    for (int i = 0; accepting && i < most; i++) {
-        int fd = listener_accept();
-
-        if (fd >= 0 && take_in(fd)) {
-            told_of_shortage = false;
-            continue;
-        }
-        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) {
-            continue;
-        }
-        if (fd < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-            if (share != NULL) {
-                share->came_late();
-            }
-            return;
-        }
-        note_shortage(fd < 0 ? errno : ENOMEM);
-        return;
-    }
-}
-
-static bool
-someone_waits(void)
-{
-    struct pollfd wait = {.fd = listener_descriptor(), .events = POLLIN};
-
-    return poll(&wait, 1, 0) > 0;
-}
-
-static void
-on_listener(void)
-{
-    if (share != NULL && share->has_enough()) {
-        listener_left = true;
-        taken = share->taken();
-        pause_listener(PATIENCE);
-        return;
-    }
-    accept_waiting(share != NULL ? 1 : ACCEPT_AT_ONCE);
-}
-
-/* The time for others is over, or for a shortage. */
-static void
-listen_again(void)
-{
-    bool left = listener_left;
-
-    watch_listener();
-    if (left && accepting && someone_waits() && share->taken() == taken) {
-        share->nobody_came();
-        accept_waiting(1);
-    }
-}
-
-static void
-close_listener(void)
-{
-    if (listener_watched) {
-        poller_remove(loops[0].poller, listener_descriptor());
-        listener_watched = false;
-    }
-    accepting = false;
-    accept_again = 0;
-    listener_close(forked);
-}
+static const struct acceptor_client acceptor_client = {take_in, driver_log};
 
 /* ----------------------------------------------------------------- the leader's work */
 
@@ -664,7 +543,7 @@ static void
 on_lifeline(void)
 {
     poller_remove(loops[0].poller, share->lifeline);
-    close_listener();
+    acceptor_close(forked);
     pthread_mutex_unlock(&team_lock);
     share->lifeline_ended();
     pthread_mutex_lock(&team_lock);
@@ -743,7 +622,7 @@ queue_all(struct loop *loop)
 static int
 time_to_sleep(const struct loop *loop)
 {
-    double until = loop == &loops[0] ? accept_again : 0;
+    double until = loop == &loops[0] ? acceptor_due() : 0;
 
     if (loop->connections > 0 && (until == 0 || loop->next_timeout < until)) {
         until = loop->next_timeout;
@@ -791,7 +670,7 @@ poll_once(struct loop *loop, int timeout)
     loop->polling = false;
     for (int i = 0; i < count; i++) {
         if (events[i].tag == &listener_tag) {
-            on_listener();
+            acceptor_event();
         }
         else if (events[i].tag == &lifeline_tag) {
             on_lifeline();
@@ -800,8 +679,8 @@ poll_once(struct loop *loop, int timeout)
             on_connection(events[i].tag, &events[i]);
         }
     }
-    if (loop == &loops[0] && accept_again != 0 && monotonic_now() >= accept_again) {
-        listen_again();
+    if (loop == &loops[0]) {
+        acceptor_look();
     }
     if (loop->connections > 0 && monotonic_now() >= loop->next_timeout) {
         look_for_timeouts(loop, monotonic_now());
@@ -1090,8 +969,7 @@ open_loops(void)
 static int
 begin_loops(void)
 {
-    watch_listener();
-    if (!listener_watched ||
+    if (!acceptor_begin(loops[0].poller, &listener_tag, share, &acceptor_client) ||
         (share != NULL && share->lifeline >= 0 &&
          !poller_add(loops[0].poller, share->lifeline, &lifeline_tag, false, false))) {
         return errno;
@@ -1108,14 +986,13 @@ loop_run(const struct engine_share *surrounding)
 
     share = surrounding;
     ending = false;
-    accepting = true;
     code = open_loops();
     if (code == 0) {
         code = begin_loops();
     }
     if (code != 0) {
         close_loops(poller_close);
-        listener_watched = false;
+        acceptor_forget();
     }
     return code;
 }
@@ -1125,10 +1002,10 @@ void
 loop_stop_accepting(void)
 {
     pthread_mutex_lock(&team_lock);
-    if (poller_count > 0 && accepting && share == NULL) {
-        accept_waiting(SOMAXCONN);
+    if (poller_count > 0) {
+        acceptor_take_rest();
     }
-    close_listener();
+    acceptor_close(forked);
     wake_leaders();
     pthread_mutex_unlock(&team_lock);
 }
@@ -1137,8 +1014,7 @@ void
 loop_share_changed(void)
 {
     pthread_mutex_lock(&team_lock);
-    if (listener_left && poller_count > 0) {
-        accept_again = 1; /* at once */
+    if (poller_count > 0 && acceptor_share_changed()) {
         wake_leader(&loops[0]);
     }
     pthread_mutex_unlock(&team_lock);
@@ -1213,11 +1089,11 @@ loop_finish(void)
     pthread_mutex_unlock(&team_lock);
     if (poller_count > 0 && !team_has_ended(FINISH_SECONDS)) {
         hang_up_on_idle_ones();
-        close_listener();
+        acceptor_close(forked);
         return false; /* some are in callbacks that do not return */
     }
     clean = let_go_of_all();
-    close_listener();
+    acceptor_close(forked);
     free_stocks();
     close_loops(poller_close);
     return clean;
@@ -1236,6 +1112,6 @@ loop_forget(void)
         }
     }
     close_loops(poller_forget);
-    listener_watched = false;
-    listener_close(true);
+    acceptor_forget();
+    acceptor_close(true);
 }
