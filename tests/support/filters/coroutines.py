@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import milter
 
 import Milter
-from Milter import _async
+from Milter import _async, _awaited
 
 
 def say(*words: object) -> None:
@@ -548,7 +548,7 @@ if __name__ == "__main__":
     Milter.factory = globals()[name]
     options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
     if name == "Impatient":
-        _async._PATIENCE = _async._HUNG_UP_PATIENCE = _async._LAST_SECONDS = 0.2
+        _async._HUNG_UP_PATIENCE = _awaited.PATIENCE = _awaited.LAST_SECONDS = 0.2
     if options.pop("make_loop", False):
         options["loop_factory"] = make_loop
     if options.pop("failing_loop", False):
