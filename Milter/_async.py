@@ -148,7 +148,8 @@ class Runner:
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
-        if self.lead is not None:
+        # The child of a fork leaves it: loops have the kernel forget a descriptor for both.
+        if self.lead is not None and not self.is_the_parents():
             self.loop.remove_reader(self.lead)
             os.close(self.lead)
             self.lead = None

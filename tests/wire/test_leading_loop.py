@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, Callable
@@ -112,6 +113,19 @@ def test_what_may_happen_in_a_first_step(leading: Callable[..., Any]) -> None:
     assert "KeyError: 'in a first step'" in running.output
     assert "_async.py" not in running.output  # the traceback is of the filter's code
     assert "destroyed" not in running.output
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="no task goes on in the child of a fork")
+def test_a_child_that_awaits_leaves_the_lead_to_the_parent(leading: Callable[..., Any]) -> None:
+    """Whose loop goes on to wait for the connections, though the two share what it waits by."""
+    running = leading("Forking")
+    with running.mta() as mta:
+        greet(mta)
+        mta.mail("<a@b>")
+        assert mta.rcpt("<forks@d>").verdict == Verdict.CONTINUE
+        while "the child has awaited" not in running.output:
+            assert mta.rcpt("<c@d>").verdict == Verdict.CONTINUE
+    assert running.stop() == 0
 
 
 def test_others_are_served_while_a_first_step_blocks(leading: Callable[..., Any]) -> None:

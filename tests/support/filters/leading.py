@@ -133,6 +133,24 @@ class Aborting(Milter.Base):
         return Milter.CONTINUE
 
 
+class Forking(Milter.Base):
+    """Has a child that awaits for a while."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        await asyncio.sleep(0.001)
+        if "forks" in to and not self.fork():
+            for _ in range(50):
+                await asyncio.sleep(0)
+                time.sleep(0.01)
+            say("the child has awaited")
+        return Milter.CONTINUE
+
+    def fork(self) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the child lacks
+            return os.fork()
+
+
 class Stuck(Milter.Base):
     """Blocks its loop for good, in no callback's first step."""
 
