@@ -19,7 +19,7 @@ from ._logging import logger
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import contextvars
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from typing import Any
 
     from ._async import Runner
@@ -165,6 +165,16 @@ class Callback:
         self.answer(outcome, value)
         self.task = None  # which has us: no circle shall be left for the garbage collector
 
+    def task_has_ended(self, task: asyncio.Task[None]) -> None:
+        """Where the task runs a coroutine of its factory's, which may have ended before it began.
+
+        A task that is cancelled so early is one.
+        """
+        if not self.answered:
+            self.variables.run(self.coroutine.close)
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            self.end(error or RuntimeError("its task has ended without it"))
+
     def judge(self, end: BaseException) -> tuple[int, Any]:
         if isinstance(end, StopIteration):
             return RETURNED, end.value
@@ -299,6 +309,8 @@ class Driver(_Coroutine):
         if self._park is not None and not self._park.done():
             self._park.set_result(None)
         self._park = None
+        if self.task.get_coro() is not self:
+            self.task.add_done_callback(callback.task_has_ended)
         del self.task  # the callback's, and whose coroutine this is
 
     def send(self, value: Any) -> Any:
@@ -321,8 +333,14 @@ class Driver(_Coroutine):
             self._callback.coroutine.close()
 
     def __await__(self) -> Any:
-        """Nobody awaits it but its task."""
-        raise NotImplementedError
+        """For a task factory whose tasks run a coroutine of its own, which awaits this one."""
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
 
     def __getattr__(self, name: str) -> Any:
         # Tools that show tasks ask for cr_frame, cr_code and the like.

@@ -18,6 +18,7 @@ from Milter.mta import MTA, AddHeader, FilterClosed, SmtpReply, Verdict
 UVLOOP = pytest.mark.skipif(
     importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
 )
+EAGER = pytest.mark.skipif(sys.version_info < (3, 12), reason="no eager tasks before Python 3.12")
 SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in leading",))
 LOOP = "the loop's thread"
 ENGINE = "a thread of the engine"
@@ -83,7 +84,7 @@ def test_a_plain_callback_may_block_so_the_loop_does_not_run_it(
 
 
 def test_a_loop_that_watches_nothing_for_others(leading: Callable[..., Any]) -> None:
-    running = leading("Leading", deaf=True)
+    running = leading("Leading", loop="deaf")
     for _ in range(2):
         with running.mta() as mta:
             greet(mta)
@@ -92,9 +93,10 @@ def test_a_loop_that_watches_nothing_for_others(leading: Callable[..., Any]) -> 
     assert running.stop() == 0
 
 
-def test_what_may_happen_in_a_first_step(leading: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("loop", ["", "wrapping", pytest.param("eager", marks=EAGER)])
+def test_what_may_happen_in_a_first_step(leading: Callable[..., Any], loop: str) -> None:
     """The task is that of the coroutine, for whoever asks; no other callback's."""
-    running = leading("Unusual")
+    running = leading("Unusual", **({"loop": loop} if loop else {}))
     with running.mta() as mta:
         greet(mta)
         assert mta.mail("<x@b>").verdict == Verdict.CONTINUE
@@ -113,6 +115,19 @@ def test_what_may_happen_in_a_first_step(leading: Callable[..., Any]) -> None:
     assert "KeyError: 'in a first step'" in running.output
     assert "_async.py" not in running.output  # the traceback is of the filter's code
     assert "destroyed" not in running.output
+
+
+def test_a_task_that_is_cancelled_before_it_begins(leading: Callable[..., Any]) -> None:
+    """Though what it runs is its factory's, and awaits the callback's coroutine."""
+    running = leading("Spoiling", loop="wrapping")
+    for _ in range(5):
+        with running.mta() as mta:
+            greet(mta)
+            mta.mail("<a@b>")
+            assert mta.rcpt("<c@d>").verdict == Verdict.CONTINUE
+            assert mta.rcpt("<waits@d>").verdict == Verdict.TEMPFAIL
+    assert running.stop() == 0
+    assert "never awaited" not in running.output
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="no task goes on in the child of a fork")

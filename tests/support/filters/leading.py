@@ -133,6 +133,18 @@ class Aborting(Milter.Base):
         return Milter.CONTINUE
 
 
+class Spoiling(Milter.Base):
+    """Cancels its task, which is a new one each time, so that it has not begun."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        if "waits" in to:
+            await asyncio.Event().wait()
+        return Milter.CONTINUE
+
+
 class Forking(Milter.Base):
     """Has a child that awaits for a while."""
 
@@ -171,12 +183,34 @@ class Deaf(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
+def wrapping() -> asyncio.AbstractEventLoop:
+    """A loop whose tasks await what they are made of, as tools that trace tasks have it."""
+
+    async def wrap(coroutine: Any) -> Any:
+        return await coroutine
+
+    def make(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Any:
+        return asyncio.Task(wrap(coroutine), loop=loop, **options)
+
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(make)
+    return loop
+
+
+def eager() -> asyncio.AbstractEventLoop:
+    """A loop whose tasks take their first step at once."""
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    return loop
+
+
 if __name__ == "__main__":
     socket, name, *more = sys.argv[1:]
     Milter.factory = globals()[name]
     options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
-    if options.pop("deaf", False):
-        options["loop_factory"] = Deaf
+    loops = {"deaf": Deaf, "wrapping": wrapping, "eager": eager}
+    if "loop" in options:
+        options["loop_factory"] = loops[options.pop("loop")]
     if options.pop("uvloop", False):
         import uvloop
 
