@@ -388,6 +388,8 @@ class Base(milter._Decoder):
         if coroutines:
             cls._only_coroutines = len(coroutines) == len(own)
             milter._keep_variables(cls._only_coroutines)
+        elif own:
+            milter._dismiss()  # another class may have them
 
     @classmethod
     def _enabled_steps(cls) -> int:
@@ -404,8 +406,7 @@ class Base(milter._Decoder):
         if any(callable(own[name]) for name in _CALLBACK_NAMES.intersection(own)):
             # Methods that were assigned to the instance replace those of its class.
             wanted = wanted & (FEATURE_STEPS | self._enabled_steps()) | callback_steps(self)
-            if self._only_coroutines:
-                milter._keep_variables(False)  # some may be plain
+            milter._dismiss()  # some may be plain
         return wanted
 
     def negotiate(self, opts: list[int]) -> int:

@@ -12,7 +12,7 @@
 
 static atomic_bool kept;       /* variables are */
 static atomic_bool coroutines; /* a class was seen that has no other callbacks */
-static atomic_bool plain;      /* or one that has */
+static atomic_bool plain;      /* or one that has: no loop leads any more */
 static _Thread_local PyObject *first_step;
 
 bool
@@ -27,6 +27,15 @@ begin_to_keep_variables(void)
     atomic_store(&kept, true);
 }
 
+static void
+dismiss_for_good(void)
+{
+    atomic_store(&plain, true);
+    if (engine->attend != NULL) {
+        engine->dismiss();
+    }
+}
+
 /* _keep_variables(only_coroutines): of a class with coroutines */
 PyObject *
 keep_variables(PyObject *Py_UNUSED(module), PyObject *only_coroutines)
@@ -36,10 +45,7 @@ keep_variables(PyObject *Py_UNUSED(module), PyObject *only_coroutines)
         atomic_store(&coroutines, true);
     }
     else {
-        atomic_store(&plain, true);
-        if (engine->attend != NULL) {
-            engine->dismiss();
-        }
+        dismiss_for_good();
     }
     Py_RETURN_NONE;
 }
@@ -83,13 +89,11 @@ take_turn(PyObject *module, PyObject *Py_UNUSED(ignored))
     return PyLong_FromLong(next);
 }
 
-/* _dismiss() */
+/* _dismiss(): no loop can lead, or a class was seen whose callbacks are plain */
 PyObject *
 dismiss_loop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    if (engine->attend != NULL) {
-        engine->dismiss();
-    }
+    dismiss_for_good();
     Py_RETURN_NONE;
 }
 

@@ -83,6 +83,19 @@ def test_a_plain_callback_may_block_so_the_loop_does_not_run_it(
     assert lines.count(f"envrcpt on {LOOP} after client.example") == 3
 
 
+def test_plain_callbacks_of_another_class(leading: Callable[..., Any]) -> None:
+    """Its instances are served with those of one that has nothing but coroutines."""
+    running = leading("in_turn")
+    for _ in range(4):
+        with running.mta() as mta:
+            greet(mta)
+            assert message(mta).verdict in (Verdict.ACCEPT, Verdict.NOT_SENT, Verdict.CONTINUE)
+    assert running.stop() == 0
+    lines = running.output.split("\n")
+    assert lines.count(f"hello on {ENGINE}") == 2
+    assert lines.count(f"envrcpt on {LOOP} after client.example") == 2
+
+
 def test_a_loop_that_watches_nothing_for_others(leading: Callable[..., Any]) -> None:
     running = leading("Leading", loop="deaf")
     for _ in range(2):

@@ -74,6 +74,14 @@ class Assigned(Leading):
         self.hello = lambda name: (say("hello on", where()), Milter.CONTINUE)[1]  # type: ignore[method-assign]
 
 
+class NoCoroutines(Milter.Base):
+    """Of a filter that has several classes."""
+
+    def hello(self, name: str) -> int:
+        say("hello on", where())
+        return Milter.CONTINUE
+
+
 class Unusual(Milter.Base):
     """What the sender's name says, in a first step."""
 
@@ -181,6 +189,15 @@ class Deaf(asyncio.SelectorEventLoop):
 
     def add_reader(self, *args: Any) -> None:
         raise NotImplementedError
+
+
+def in_turn() -> Milter.Base:
+    """Which class a connection gets may depend on anything."""
+    kinds.reverse()
+    return kinds[0]()
+
+
+kinds: list[Any] = [NoCoroutines, Leading]
 
 
 def wrapping() -> asyncio.AbstractEventLoop:
