@@ -180,7 +180,8 @@ class Runner:
 
     async def wait_for_rest(self) -> None:
         """Until nothing waits any more."""
-        self.cancel_rest()
+        self.loop.call_soon(self.cancel_rest)  # not here: first steps are taken in tasks of theirs
+        await asyncio.sleep(0)
         tasks = [one.task for one in self.waiting.values() if one.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=_awaited.PATIENCE)

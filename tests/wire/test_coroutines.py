@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
 import importlib.util
 import os
 import re
@@ -18,6 +20,8 @@ from support.commands import Runner
 from support.engine import engine
 from support.process import FILTERS, WAIT
 
+import Milter
+from Milter import _async, _awaited
 from Milter.mta import (
     MTA,
     AddHeader,
@@ -606,6 +610,31 @@ def test_the_child_of_a_coroutine_that_forks_ends(coroutines: Callable[..., Any]
         assert mta.rcpt("<good@d>").verdict == Verdict.CONTINUE
     running.wait_for("child ended with ")
     assert running.stop() == 0
+
+
+def test_what_comes_with_the_end_of_the_loop_is_begun() -> None:
+    """As a close callback does that a thread of the engine hands over just then."""
+
+    async def close() -> int:
+        return Milter.ACCEPT
+
+    async def end() -> list[tuple[Any, ...]]:
+        answers: list[tuple[Any, ...]] = []
+        runner = _async.Runner(asyncio.get_running_loop())
+        runner.start(
+            _awaited.Callback(
+                close(),
+                None,
+                contextvars.copy_context(),
+                "close",
+                True,
+                lambda *answer: answers.append(answer),
+            )
+        )
+        await runner.wait_for_rest()
+        return answers
+
+    assert asyncio.run(end()) == [(_awaited.RETURNED, Milter.ACCEPT, None)]
 
 
 def test_a_loop_that_is_blocked_is_told_of_with_the_place(runner: Runner) -> None:
