@@ -418,8 +418,8 @@ def first_step(
     """
     runner = _the_runner() if _runner is None else _runner
     if not runner.stopping or is_last:
+        driver = runner.spare_driver()  # a task factory may raise
         coroutine = _awaited.coroutine_of(awaitable)
-        driver = runner.spare_driver()
         try:
             waits_for = driver.first_step(coroutine, variables)
         except StopIteration as end:

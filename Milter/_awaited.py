@@ -90,15 +90,13 @@ class Callback:
         if runner.stopping and not self.is_last:
             self.leave_off()
             return
-        coroutine = coroutine_of(self.awaitable)
         try:
             driver = runner.spare_driver()
         except BaseException as error:  # noqa: BLE001 - of a task factory; the callback is answered
-            if coroutine is not self.awaitable:
-                coroutine.close()
             close_awaitable(self.awaitable)
             self.answer(RAISED, error)
             return
+        coroutine = coroutine_of(self.awaitable)
         self.task = driver.task
         try:
             waits_for = driver.first_step(coroutine, self.variables)

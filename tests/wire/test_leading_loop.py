@@ -130,6 +130,24 @@ def test_what_may_happen_in_a_first_step(leading: Callable[..., Any], loop: str)
     assert "destroyed" not in running.output
 
 
+def test_no_task_is_to_be_had(leading: Callable[..., Any]) -> None:
+    """Nor has what would have run in it been made in vain."""
+    running = leading("NoTask")
+    with running.mta() as mta:
+        greet(mta)
+        for sender in ("<x@b>", "<x@b>", "<fails@b>"):
+            assert mta.mail(sender).verdict == Verdict.CONTINUE
+        mta.rcpt("<c@d>")
+        mta.data()
+        mta.header("Subject", " x")
+        mta.eoh()
+        assert mta.eom().smtp == SOFT
+        assert message(mta).verdict == Verdict.CONTINUE
+    running.wait_for(f"RuntimeError: no task on {LOOP}")
+    assert running.stop() == 0
+    assert "never awaited" not in running.output
+
+
 def test_a_task_that_is_cancelled_before_it_begins(leading: Callable[..., Any]) -> None:
     """Though what it runs is its factory's, and awaits the callback's coroutine."""
     running = leading("Spoiling", loop="wrapping")

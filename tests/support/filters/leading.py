@@ -141,6 +141,27 @@ class Aborting(Milter.Base):
         return Milter.CONTINUE
 
 
+class NoTask(Milter.Base):
+    """A further task is not to be had at once after some senders."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def refuse(*args: Any, **options: Any) -> Any:
+            loop.set_task_factory(None)
+            raise RuntimeError(f"no task on {where()}")
+
+        if "fails" in sender:
+            task.cancel()
+            loop.set_task_factory(refuse)
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        return Milter.CONTINUE
+
+
 class Spoiling(Milter.Base):
     """Cancels its task, which is a new one each time, so that it has not begun."""
 
