@@ -106,6 +106,18 @@ def test_a_loop_that_watches_nothing_for_others(leading: Callable[..., Any]) -> 
     assert running.stop() == 0
 
 
+def test_idle_connections_end_by_timers_that_are_early(leading: Callable[..., Any]) -> None:
+    running = leading("Unusual", loop="early", timeout=1)
+    with contextlib.suppress(FilterClosed), ExitStack() as stack:
+        for _ in range(3):
+            mta = stack.enter_context(running.mta())
+            greet(mta)
+            for _ in range(2):
+                mta.mail("<x@b>")
+        mta.expect_close(WAIT)
+    assert running.stop() == 0
+
+
 @pytest.mark.parametrize("loop", ["", "wrapping", pytest.param("eager", marks=EAGER)])
 def test_what_may_happen_in_a_first_step(leading: Callable[..., Any], loop: str) -> None:
     """The task is that of the coroutine, for whoever asks; no other callback's."""

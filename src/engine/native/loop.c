@@ -25,6 +25,7 @@
 #define FINISH_SECONDS 1.0       /* for threads to end */
 #define MOST_LOOPS 64
 #define TURN_NS 1000000LL /* so long a turn may go on, where there is something to do */
+#define ALARM_EARLY 0.002 /* seconds: libuv counts milliseconds, and is early by a part of one */
 
 _Static_assert(SESSION_CUT_OFF == ENGINE_CUT_OFF, "the session passes on what completions return");
 
@@ -780,7 +781,7 @@ next_turn(struct loop *loop)
     if (loop->queue != NULL) {
         wake_leader(loop); /* others of its event loop come first */
     }
-    if (sleep < 0 || (guest_alarm > now && guest_alarm <= until)) {
+    if (sleep < 0 || (guest_alarm > now + ALARM_EARLY && guest_alarm <= until)) {
         return TURN_ON_CALL;
     }
     guest_alarm = until;
@@ -797,7 +798,7 @@ loop_take_turn(void)
     if (loop->claimed || guest.in_turn) {
         next = TURN_ON_CALL; /* who led is about to make room; or a turn within a turn */
     }
-    else if (is_leader(&guest)) {
+    else if (is_leader(&guest) && !team_is_ending()) {
         guest.in_turn = true;
         loop->polling = false;
         serve_for_a_while(loop);

@@ -212,6 +212,13 @@ class Deaf(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
+class Early(asyncio.SelectorEventLoop):
+    """A loop that counts milliseconds, as libuv does: its timers may be early by a part of one."""
+
+    def call_later(self, delay: float, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        return super().call_later(max(delay - 0.00099, 0), *args, **options)
+
+
 def in_turn() -> Milter.Base:
     """Which class a connection gets may depend on anything."""
     kinds.reverse()
@@ -246,7 +253,7 @@ if __name__ == "__main__":
     socket, name, *more = sys.argv[1:]
     Milter.factory = globals()[name]
     options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
-    loops = {"deaf": Deaf, "wrapping": wrapping, "eager": eager}
+    loops = {"deaf": Deaf, "early": Early, "wrapping": wrapping, "eager": eager}
     if "loop" in options:
         options["loop_factory"] = loops[options.pop("loop")]
     if options.pop("uvloop", False):
