@@ -297,7 +297,11 @@ class Driver(_Coroutine):
         try:
             return variables.run(coroutine.send, None)
         finally:
-            _leave_task(self._loop, self.task)
+            try:
+                _leave_task(self._loop, self.task)
+            except RuntimeError:  # from Python 3.14 on in the child of a fork: no loop runs there
+                if not self._runner.is_the_parents():
+                    raise
 
     def go_on_with(self, callback: Callback) -> None:
         """The task is this callback's from here on."""

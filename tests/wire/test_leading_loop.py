@@ -142,6 +142,18 @@ def test_what_may_happen_in_a_first_step(leading: Callable[..., Any], loop: str)
     assert "destroyed" not in running.output
 
 
+def test_the_child_of_a_first_step_ends_as_it_says(leading: Callable[..., Any]) -> None:
+    """Also where no task can be left after a fork, as from Python 3.14 on."""
+    running = leading("Unusual", strict=True)
+    with running.mta() as mta:
+        greet(mta)
+        for sender in ("<x@b>", "<x@b>", "<forks@b>"):
+            assert mta.mail(sender).verdict == Verdict.CONTINUE
+    running.wait_for("child ended with 0")
+    assert running.stop() == 0
+    assert "RuntimeError" not in running.output
+
+
 def test_no_task_is_to_be_had(leading: Callable[..., Any]) -> None:
     """Nor has what would have run in it been made in vain."""
     running = leading("NoTask")

@@ -17,6 +17,7 @@ import warnings
 from typing import Any
 
 import Milter
+from Milter import _awaited
 
 BEFORE: contextvars.ContextVar[str] = contextvars.ContextVar("BEFORE", default="nothing")
 
@@ -249,11 +250,25 @@ def eager() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def be_strict() -> None:
+    """As Python 3.14 is: a task is left in a loop that runs, which none does after a fork."""
+    leave = _awaited._leave_task
+
+    def leave_task(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+        if asyncio._get_running_loop() is not loop:
+            raise RuntimeError(f"loop {loop} is not the running loop")
+        leave(loop, task)
+
+    _awaited._leave_task = leave_task
+
+
 if __name__ == "__main__":
     socket, name, *more = sys.argv[1:]
     Milter.factory = globals()[name]
     options: dict[str, Any] = ast.literal_eval(more[0]) if more else {}
     loops = {"deaf": Deaf, "early": Early, "wrapping": wrapping, "eager": eager}
+    if options.pop("strict", False):
+        be_strict()
     if "loop" in options:
         options["loop_factory"] = loops[options.pop("loop")]
     if options.pop("uvloop", False):
