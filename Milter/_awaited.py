@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 import types
 from asyncio.tasks import _enter_task, _leave_task, _register_task, _unregister_task
 from collections.abc import Coroutine
@@ -33,6 +34,7 @@ else:
 RETURNED, RAISED, STOPPED, HUNG_UP, WAITS = range(5)
 
 PATIENCE = 1.0  # seconds that a coroutine gets to end once it was cancelled, as the filter stops
+_UNCANCELS = sys.version_info >= (3, 13)  # a task forgets what was taken back in the same step
 LAST_SECONDS = 30.0  # for abort and close, of which nobody waits for the answer
 
 _log = logger()
@@ -141,8 +143,12 @@ class Callback:
 
     def throw(self, error: BaseException) -> object:
         waits_for, self.waits_for = self.waits_for, _NOTHING
-        if waits_for is not _NOTHING and waits_for is not None and waits_for.cancel():
-            return waits_for  # as a task does that is cancelled while it is in a step
+        if waits_for is not _NOTHING:  # as a task does that is cancelled while it is in a step
+            cancelling = getattr(self.task, "cancelling", None) if _UNCANCELS else None
+            if cancelling is not None and not cancelling():
+                return waits_for
+            if waits_for is not None and waits_for.cancel(*error.args[:1]):
+                return waits_for
         return self.advance(self.coroutine.throw, error)
 
     def advance(self, step: Callable[[Any], object], value: object) -> object:

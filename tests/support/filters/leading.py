@@ -94,6 +94,16 @@ class Unusual(Milter.Base):
         elif "cancels-and-waits" in sender:
             task.cancel()
             await asyncio.Event().wait()
+        elif "cancels-and-looks" in sender:
+            task.cancel("as it likes")
+            try:
+                await asyncio.sleep(0.01)
+            except asyncio.CancelledError as error:
+                say("cancelled", *error.args)
+        elif "takes-back" in sender:
+            task.cancel()
+            task.uncancel()  # type: ignore[attr-defined,unused-ignore]
+            await asyncio.sleep(0.01)
         elif "cancels-future" in sender:
             future = asyncio.get_running_loop().create_future()
             future.cancel()
