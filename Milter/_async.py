@@ -124,7 +124,7 @@ class Runner:
         """
         if self.stopping or not self.can_lead:
             return
-        descriptor = milter._attend(first_step)
+        descriptor = milter._attend(self.first_step)
         if descriptor >= 0:
             try:
                 self.loop.add_reader(descriptor, self.take_turn)
@@ -143,6 +143,43 @@ class Runner:
             self.alarm = self.loop.call_later(milliseconds / 1000, self.take_turn)
         elif milliseconds == _OVER:
             self.leave_lead()
+
+    def first_step(
+        self,
+        awaitable: Awaitable[Any],
+        ctx: milterContext,
+        variables: contextvars.Context,
+        stage: str,
+        is_last: bool,
+    ) -> tuple[int, Any]:
+        """In a turn, for the extension: take the first step of what a callback returned.
+
+        Args:
+            awaitable: see ``start``, like all others.
+            ctx: likewise.
+            variables: likewise.
+            stage: likewise.
+            is_last: likewise.
+
+        Returns:
+            What has become of it, with the result or the exception; or that it waits, with an
+            object whose ``expect`` is to be called with an ``ended`` as that of ``start``.
+        """
+        if not self.stopping or is_last:
+            driver = self.spare_driver()  # a task factory may raise
+            coroutine = _awaited.coroutine_of(awaitable)
+            try:
+                waits_for = driver.first_step(coroutine, variables)
+            except StopIteration as end:
+                return _awaited.RETURNED, end.value
+            except BaseException as error:  # noqa: BLE001 - it is the callback's outcome
+                return _awaited.RAISED, _awaited.without_our_frames(error)
+            callback = Callback(awaitable, ctx, variables, stage, is_last, _awaited.unexpected)
+            callback.wait(self, driver, coroutine, waits_for)
+        else:
+            callback = Callback(awaitable, ctx, variables, stage, is_last, _awaited.unexpected)
+            callback.begin(self)  # which leaves it off
+        return _awaited.WAITS, callback
 
     def leave_lead(self) -> None:
         if self.alarm is not None:
@@ -394,44 +431,6 @@ def start(
             the variables that the connection has now, or None where these are the same.
     """
     _the_runner().start(Callback(awaitable, ctx, variables, stage, is_last, ended))
-
-
-def first_step(
-    awaitable: Awaitable[Any],
-    ctx: milterContext,
-    variables: contextvars.Context,
-    stage: str,
-    is_last: bool,
-) -> tuple[int, Any]:
-    """Take the first step of what a callback returned, on the loop's thread, which leads.
-
-    Args:
-        awaitable: see ``start``, like all others.
-        ctx: likewise.
-        variables: likewise.
-        stage: likewise.
-        is_last: likewise.
-
-    Returns:
-        What has become of it, with the result or the exception; or that it waits, with an object
-        whose ``expect`` is to be called with an ``ended`` as that of ``start``.
-    """
-    runner = _the_runner() if _runner is None else _runner
-    if not runner.stopping or is_last:
-        driver = runner.spare_driver()  # a task factory may raise
-        coroutine = _awaited.coroutine_of(awaitable)
-        try:
-            waits_for = driver.first_step(coroutine, variables)
-        except StopIteration as end:
-            return _awaited.RETURNED, end.value
-        except BaseException as error:  # noqa: BLE001 - it is the callback's outcome
-            return _awaited.RAISED, _awaited.without_our_frames(error)
-        callback = Callback(awaitable, ctx, variables, stage, is_last, _awaited.unexpected)
-        callback.wait(runner, driver, coroutine, waits_for)
-    else:
-        callback = Callback(awaitable, ctx, variables, stage, is_last, _awaited.unexpected)
-        callback.begin(runner)  # which leaves it off
-    return _awaited.WAITS, callback
 
 
 def wait(

@@ -317,7 +317,7 @@ class Driver(_Coroutine):
         if self._park is not None and not self._park.done():
             self._park.set_result(None)
         self._park = None
-        if self.task.get_coro() is not self:
+        if getattr(self.task, "get_coro", lambda: self)() is not self:
             self.task.add_done_callback(callback.task_has_ended)
         del self.task  # the callback's, and whose coroutine this is
 

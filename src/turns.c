@@ -79,7 +79,7 @@ take_turn(PyObject *module, PyObject *Py_UNUSED(ignored))
     if (outer != NULL) {
         return PyLong_FromLong(TURN_ON_CALL); /* a callback runs the loop, which is in a turn */
     }
-    if (!join_engine()) {
+    if (engine->attend == NULL || !join_engine()) {
         return PyLong_FromLong(TURN_OVER);
     }
     first_step = state->first_step;

@@ -16,8 +16,8 @@ PyObject *dismiss_loop(PyObject *module, PyObject *ignored);
 bool variables_are_kept(void);
 void begin_to_keep_variables(void);
 
-/* Milter._async.first_step, borrowed, for callbacks that this thread runs in a turn; NULL outside
- * of one. */
+/* first_step() of Milter._async's Runner, borrowed, for callbacks that this thread runs in a turn;
+ * NULL outside of one. */
 PyObject *first_step_here(void);
 
 #endif
