@@ -115,6 +115,20 @@ _RAW_ELEMENTS = _FALLBACK_ELEMENTS | {"style", "xmp", "textarea", "title", "plai
 _SPACE = " \t\n\r\f"  # between attributes, by the HTML standard
 _PLAIN_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:.-]*\Z")
 _NO_VALUE = re.compile(rf"=[{_SPACE}]*[{ODD_SPACE}]+\Z")  # where odd space is space
+# Text, references, plain comments, and tags that change nothing of how a document is read, with
+# attributes that can only say what they look like. Each reader cuts these alike. The number is limited
+# as `re` remembers each of them.
+_LOOKS = (
+    "(?:align|bgcolor|border|cellpadding|cellspacing|class|color|colspan|face|height|id|rowspan|size"
+    '|valign|width)="[a-z0-9 #%._-]*"'
+)
+_OTHER_NAME = rf"(?:[a-z][a-z0-9]*:)?(?!script|(?:{'|'.join(sorted(_RAW_ELEMENTS))})[{_SPACE}/>])[a-z][a-z0-9]*"
+_NOTHING_TO_JUDGE = re.compile(
+    rf"(?:[^<]+|<(?=[^a-z/!?])|<!--[^<>\[-]*-->"
+    rf"|<{_OTHER_NAME}(?:[{_SPACE}]+{_LOOKS})*[{_SPACE}]*/?>|</{_OTHER_NAME}[{_SPACE}]*>"
+    r"){1,500}",
+    re.ASCII | re.IGNORECASE,
+)
 # What a tag leaves that is taken out: without it, "<" before and a name after would become a tag.
 _GAP = " "
 
@@ -195,6 +209,15 @@ class HTMLScriptFilter(SGMLFilter):
     def _attributes(self, text: str, pos: int) -> list[tuple[str, str]]:
         """As in the base class; not for `defang`, as no method here looks at them."""
         return [] if self._budget else super()._attributes(text, pos)
+
+    def _step(self, rawdata: str, i: int, n: int, end: bool) -> int:
+        # Most of a document, and for `defang` all that somebody can make of ten megabytes of "<a>".
+        if self._budget is not None and self._raw_end is None and not self.nomoretags:
+            run = _NOTHING_TO_JUDGE.match(rawdata, i)
+            if run is not None:
+                self.write(run.group())
+                return run.end()
+        return super()._step(rawdata, i, n, end)
 
     # -- elements
 
