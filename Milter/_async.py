@@ -40,6 +40,7 @@ _HUNG_UP_PATIENCE = 30.0  # seconds to end where the MTA has hung up: nobody wai
 _END_SECONDS = 5.0  # for the thread of the loop, once all tasks were cancelled
 _SLOW_SECONDS = 1.0  # a loop that has no time for so long is blocked
 _LOOK_SECONDS = 0.25  # how often that is looked at
+_LOOP_IS_THE_PARENTS = sys.version_info >= (3, 14)  # in the child of a fork no task takes a step
 _OVER = -2  # milter._take_turn: the loop leads no longer
 
 _log = logger()
@@ -70,6 +71,11 @@ class Runner:
     def is_the_parents(self) -> bool:
         """Whether this is the child of a fork."""
         return self.generation != _generation
+
+    def check_that_it_goes_on(self) -> None:
+        """A coroutine waits: raise RuntimeError where nothing will ever have it go on."""
+        if _LOOP_IS_THE_PARENTS and self.is_the_parents():
+            raise RuntimeError("the child of a fork cannot await: the event loop is the parent's")
 
     # From any thread.
 

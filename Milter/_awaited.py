@@ -153,7 +153,9 @@ class Callback:
 
     def advance(self, step: Callable[[Any], object], value: object) -> object:
         try:
-            return self.variables.run(step, value)
+            waits_for = self.variables.run(step, value)
+            self.runner.check_that_it_goes_on()
+            return waits_for
         except BaseException as end:  # noqa: BLE001 - SystemExit too, which would end the loop
             self.end(end)
         raise StopIteration
@@ -301,7 +303,9 @@ class Driver(_Coroutine):
         """Take it; what it waits for. StopIteration, or what it raises, ends the callback."""
         _enter_task(self._loop, self.task)
         try:
-            return variables.run(coroutine.send, None)
+            waits_for = variables.run(coroutine.send, None)
+            self._runner.check_that_it_goes_on()
+            return waits_for
         finally:
             try:
                 _leave_task(self._loop, self.task)
