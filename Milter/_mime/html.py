@@ -116,13 +116,14 @@ _SPACE = " \t\n\r\f"  # between attributes, by the HTML standard
 _PLAIN_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:.-]*\Z")
 _NO_VALUE = re.compile(rf"=[{_SPACE}]*[{ODD_SPACE}]+\Z")  # where odd space is space
 # Text, references, plain comments, and tags that change nothing of how a document is read, with
-# attributes that can only say what they look like. Each reader cuts these alike. The number is limited
-# as `re` remembers each of them.
+# attributes that can only say what they look like. Each reader cuts these alike. Their number is
+# limited as `re` remembers each of them.
 _LOOKS = (
     "(?:align|bgcolor|border|cellpadding|cellspacing|class|color|colspan|face|height|id|rowspan|size"
     '|valign|width)="[a-z0-9 #%._-]*"'
 )
-_OTHER_NAME = rf"(?:[a-z][a-z0-9]*:)?(?!script|(?:{'|'.join(sorted(_RAW_ELEMENTS))})[{_SPACE}/>])[a-z][a-z0-9]*"
+_RAW_NAME = f"(?:{'|'.join(sorted(_RAW_ELEMENTS))})[{_SPACE}/>]"
+_OTHER_NAME = f"(?:[a-z][a-z0-9]*:)?(?!script|{_RAW_NAME})[a-z][a-z0-9]*"
 _NOTHING_TO_JUDGE = re.compile(
     rf"(?:[^<]+|<(?=[^a-z/!?])|<!--[^<>\[-]*-->"
     rf"|<{_OTHER_NAME}(?:[{_SPACE}]+{_LOOKS})*[{_SPACE}]*/?>|</{_OTHER_NAME}[{_SPACE}]*>"
