@@ -40,7 +40,6 @@ _HUNG_UP_PATIENCE = 30.0  # seconds to end where the MTA has hung up: nobody wai
 _END_SECONDS = 5.0  # for the thread of the loop, once all tasks were cancelled
 _SLOW_SECONDS = 1.0  # a loop that has no time for so long is blocked
 _LOOK_SECONDS = 0.25  # how often that is looked at
-_LOOP_IS_THE_PARENTS = sys.version_info >= (3, 14)  # in the child of a fork no task takes a step
 _OVER = -2  # milter._take_turn: the loop leads no longer
 
 _log = logger()
@@ -73,8 +72,12 @@ class Runner:
         return self.generation != _generation
 
     def check_that_it_goes_on(self) -> None:
-        """A coroutine waits: raise RuntimeError where nothing will ever have it go on."""
-        if _LOOP_IS_THE_PARENTS and self.is_the_parents():
+        """A coroutine waits: raise RuntimeError where that is in the child of a fork.
+
+        Its loop would take from the parent's what wakes that, as the two share descriptors; from
+        Python 3.14 on no task takes a step there anyway.
+        """
+        if self.is_the_parents():
             raise RuntimeError("the child of a fork cannot await: the event loop is the parent's")
 
     # From any thread.
@@ -191,8 +194,7 @@ class Runner:
         if self.alarm is not None:
             self.alarm.cancel()
             self.alarm = None
-        # The child of a fork leaves it: loops have the kernel forget a descriptor for both.
-        if self.lead is not None and not self.is_the_parents():
+        if self.lead is not None:
             self.loop.remove_reader(self.lead)
             os.close(self.lead)
             self.lead = None

@@ -186,21 +186,25 @@ class Spoiling(Milter.Base):
 
 
 class Forking(Milter.Base):
-    """Has a child that awaits for a while."""
+    """Has a child that awaits: in a first step, or in another one where the sender says so."""
 
-    async def envrcpt(self, to: str, *params: str) -> int:
-        await asyncio.sleep(0.001)
-        if "forks" in to and not self.fork():
-            for _ in range(50):
-                await asyncio.sleep(0)
-                time.sleep(0.01)
-            say("the child has awaited")
+    async def envfrom(self, sender: str, *params: str) -> int:
+        self.later = "later" in sender
         return Milter.CONTINUE
 
-    def fork(self) -> int:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads that the child lacks
-            return os.fork()
+    async def envrcpt(self, to: str, *params: str) -> int:
+        if self.later:
+            await asyncio.sleep(0.001)
+        if "forks" in to:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads the child lacks
+                pid = os.fork()
+            if not pid:
+                await asyncio.sleep(0)
+                say("the child has awaited")
+            else:
+                say("child ended with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        return Milter.CONTINUE
 
 
 class Stuck(Milter.Base):
