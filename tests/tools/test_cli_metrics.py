@@ -70,6 +70,7 @@ def test_it_answers_through_reloads(
     option = str(port) if kind == "port" else "unix:run/metrics"
     where = port if kind == "port" else path
     filter_ = runner.start("hello:Hello", "--metrics", option, "--workers", workers, engine=engine)
+    filter_.wait_for("metrics are on")  # when all workers serve; one of them takes messages before
     send(filter_)
     send(filter_)
     assert {messages(where) for _ in range(6)} == {2.0}
