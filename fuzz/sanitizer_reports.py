@@ -57,7 +57,7 @@ def main() -> int:
             elif report.strip():
                 kind = KIND.search(report)
                 others[kind[0] if kind else "other"] += 1
-    for report in list(ours.values())[:50]:
+    for report in list(ours.values())[:200]:
         print(report.strip()[:6000], end="\n\n")
     told = ", ".join(f"{count} {kind}" for kind, count in others.most_common(6)) or "none"
     print(f"{len(files)} files, {len(ours)} reports that name the module; others: {told}")
