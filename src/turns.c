@@ -82,9 +82,11 @@ take_turn(PyObject *module, PyObject *Py_UNUSED(ignored))
     if (engine->attend == NULL || !join_engine()) {
         return PyLong_FromLong(TURN_OVER);
     }
-    first_step = state->first_step;
+    LOCK_STATE();
+    first_step = Py_XNewRef(state->first_step); /* a callback may have it replaced */
+    UNLOCK_STATE();
     next = engine->take_turn();
-    first_step = NULL;
+    Py_CLEAR(first_step);
     leave_engine();
     return PyLong_FromLong(next);
 }
