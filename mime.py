@@ -25,6 +25,7 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
                               and in one name
 `MAX_BOUNDARY`      1,000     characters in a boundary (RFC 2046 allows 70)
 `MAX_HEADER_LINES`  100,000   lines in the headers of one message and its parts
+`MAX_MARKUP`        750,000   tags, and the like, in one message's HTML that are not quite plain
 `MAX_SECONDS`       30.0      time to read, or to check, one message
 `MAX_UNPACKED`      100 MiB   bytes unpacked from the archives of one message
 `MAX_ZIP_DEPTH`     5         zips within each other
@@ -125,6 +126,7 @@ MAX_PARAMETERS = 1_000
 MAX_NAME_TEXT = 65_536
 MAX_BOUNDARY = 1_000
 MAX_HEADER_LINES = 100_000
+MAX_MARKUP = 750_000
 MAX_SECONDS = 30.0
 MAX_UNPACKED = 100 * 1024 * 1024
 MAX_ZIP_DEPTH = 5

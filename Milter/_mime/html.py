@@ -14,6 +14,7 @@ from Milter._mime.limits import Budget, LimitExceeded
 from Milter._mime.markup import (
     ODD_NAME,
     ODD_SPACE,
+    TELLING_ATTRIBUTES,
     harmful,
     harmful_declaration,
     harmful_pi,
@@ -115,18 +116,24 @@ _RAW_ELEMENTS = _FALLBACK_ELEMENTS | {"style", "xmp", "textarea", "title", "plai
 _SPACE = " \t\n\r\f"  # between attributes, by the HTML standard
 _PLAIN_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:.-]*\Z")
 _NO_VALUE = re.compile(rf"=[{_SPACE}]*[{ODD_SPACE}]+\Z")  # where odd space is space
-# Text, references, plain comments, and tags that change nothing of how a document is read, with
-# attributes that can only say what they look like. Each reader cuts these alike. Their number is
-# limited as `re` remembers each of them.
-_LOOKS = (
-    "(?:align|bgcolor|border|cellpadding|cellspacing|class|color|colspan|face|height|id|rowspan|size"
-    '|valign|width)="[a-z0-9 #%._-]*"'
-)
+# Text, references, and markup that changes nothing of how a document is read and can only say what
+# it looks like: each reader cuts it alike. The number of pieces is limited as `re` remembers each.
 _RAW_NAME = f"(?:{'|'.join(sorted(_RAW_ELEMENTS))})[{_SPACE}/>]"
 _OTHER_NAME = f"(?:[a-z][a-z0-9]*:)?(?!script|{_RAW_NAME})[a-z][a-z0-9]*"
+_VALUE = r"""(?:"(?:https?://)?[^<>"'`&:\x00-\x1f\x7f]*"|[a-z0-9#%._-]+(?=[ \t\n\r\f>]))"""
+_STYLE = (
+    rf"[{_SPACE}]*(?![a-z-]*(?:script|mocha))[a-z][a-z-]*"
+    r""" ?:[a-z0-9#%.,! -]*(?:;|(?="))"""
+)
+_PLAIN_ATTRIBUTE = (
+    rf"(?:style=(?:\"(?:{_STYLE}){{0,50}} ?\"|[a-z0-9#%._-]+(?=[{_SPACE}>]))"
+    rf"|(?!on|(?:{'|'.join(sorted(TELLING_ATTRIBUTES))})[{_SPACE}/>=])"
+    rf"[a-z][a-z0-9_-]*(?:={_VALUE})?)"
+)
 _NOTHING_TO_JUDGE = re.compile(
-    rf"(?:[^<]+|<(?=[^a-z/!?])|<!--[^<>\[-]*-->"
-    rf"|<{_OTHER_NAME}(?:[{_SPACE}]+{_LOOKS})*[{_SPACE}]*/?>|</{_OTHER_NAME}[{_SPACE}]*>"
+    r"(?:[^<]+|<(?=[^a-z/!?])|<!--[^<>\[-]*-->|</?>|<!>|<\?>|<!doctype[a-z0-9 ]*>"
+    rf"|<{_OTHER_NAME}(?:[{_SPACE}/]+{_PLAIN_ATTRIBUTE}){{0,100}}[{_SPACE}/]*>"
+    rf"|</{_OTHER_NAME}(?:[{_SPACE}/][^<>\"'`=]*)?>"
     r"){1,500}",
     re.ASCII | re.IGNORECASE,
 )
@@ -218,6 +225,8 @@ class HTMLScriptFilter(SGMLFilter):
             if run is not None:
                 self.write(run.group())
                 return run.end()
+        if self._budget is not None:
+            self._budget.count()
         return super()._step(rawdata, i, n, end)
 
     # -- elements
@@ -311,7 +320,7 @@ class HTMLScriptFilter(SGMLFilter):
         out, kept, pos = [], [], 0
         before = -1  # where attributes begin whose values may be none; the next is their value then
         found = iter_attributes(text, 1 + len(tag))
-        for start, end, name, value in self._budget.timed(found) if self._budget else found:
+        for start, end, name, value in self._budget.attributes(found) if self._budget else found:
             source = text[start:end]
             if ODD_NAME.search(name) or _attribute_runs(tag, name, value, source, refreshes):
                 out.append(text[pos : start if before < 0 else before].rstrip(_SPACE))
@@ -319,7 +328,7 @@ class HTMLScriptFilter(SGMLFilter):
                     out.append(" ")
                 pos, before = end, -1
                 continue
-            if value is not None and _like_markup(value):
+            if value is not None and _like_markup(value, self._budget):
                 out.append(text[pos:start])
                 out.append(_without_markup(source))
                 value = _without_markup(value)
@@ -401,14 +410,14 @@ class HTMLScriptFilter(SGMLFilter):
 
     def handle_pi(self, data: str) -> None:
         """Pass a processing instruction on, unless it may run a script."""
-        if harmful_pi(data) or ("<" in data and (runs(data) or self._in_doubt())):
+        if harmful_pi(data) or ("<" in data and (runs(data, self._budget) or self._in_doubt())):
             self._drop(self.msg)
         else:
             super().handle_pi(data)
 
     def handle_unclosed(self, data: str) -> None:
         """Pass an unfinished construct on, unless it might become a script."""
-        if not loosely_runs(data):
+        if not loosely_runs(data, self._budget):
             self.write(data)
             return
         end = re.match(r"</([a-z]+)(?=[ \t\n\r\f/>])", data, re.ASCII | re.IGNORECASE)
@@ -478,9 +487,9 @@ def _end_pattern(name: str) -> tuple[re.Pattern[str], int]:
     return pattern, len(name) + 24
 
 
-def _like_markup(value: str) -> bool:
+def _like_markup(value: str, budget: Budget | None) -> bool:
     """Whether a value would be markup, or end some, for a reader that found another quote."""
-    return bool(_TAG_LIKE.search(value)) or runs(value)
+    return bool(_TAG_LIKE.search(value)) or runs(value, budget)
 
 
 class _Guilty(Exception):
@@ -522,12 +531,12 @@ class _Judge(HTMLScriptFilter):
         if len(text) == len(tag) + len("<>"):
             return text
         refreshes = "http-equiv" in text.lower()
-        for start, end, name, value in self._budget.timed(iter_attributes(text, 1 + len(tag))):
+        for start, end, name, value in self._budget.attributes(iter_attributes(text, 1 + len(tag))):
             if _attribute_runs(tag, name, value, text[start:end], refreshes):
                 raise _Guilty
             odd = ODD_NAME.search(name) or (value is not None and _TAG_LIKE.search(value))
             self.doubtful = self.doubtful or bool(odd)
-            if value is not None and runs(value):
+            if value is not None and runs(value, self._budget):
                 raise _Guilty
         return text
 
@@ -543,7 +552,7 @@ def _innocent(text: str, budget: Budget) -> bool:
         _feed(judge, text, budget)
     except _Guilty:
         return False
-    return not (judge.doubtful and loosely_runs(text))
+    return not (judge.doubtful and loosely_runs(text, budget))
 
 
 def clean_html(data: bytes, declared: list[str], budget: Budget) -> bytes | None:

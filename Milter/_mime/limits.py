@@ -37,11 +37,12 @@ class ZipLimit(zipfile.BadZipFile, LimitExceeded):
 
 
 class Budget:
-    """The time and the unpacked bytes that one check of one message may use."""
+    """The time, the markup and the unpacked bytes that one check of one message may use."""
 
     def __init__(self) -> None:
         self._deadline = time.monotonic() + settings.MAX_SECONDS
         self._bytes = settings.MAX_UNPACKED
+        self._markup = settings.MAX_MARKUP
         self.boundaries: dict[Any, Any] = {}
         """What was found of a message, by its root; see `Milter._mime.boundaries`."""
 
@@ -56,6 +57,28 @@ class Budget:
             yield item
             if not count % 64:
                 self.check_time()
+
+    def count(self, pieces: int = 1) -> None:
+        """Account for pieces of markup; raise LimitExceeded where they are too many."""
+        self._markup -= pieces
+        if self._markup < 0:
+            raise LimitExceeded(f"has more than {settings.MAX_MARKUP} pieces of markup to check")
+
+    def tags(self, items: Iterable[_T]) -> Iterator[_T]:
+        """The same items, each of which is a piece of markup."""
+        for item in self.timed(items):
+            self.count()
+            yield item
+
+    def attributes(self, items: Iterable[_T]) -> Iterator[_T]:
+        """The same items, which are a tag's attributes: markup only where it has very many.
+
+        These count twice, as each is kept for as long as the tag is looked at.
+        """
+        for number, item in enumerate(self.timed(items), 1):
+            yield item
+            if not number % 64:
+                self.count(128)
 
     def unpack(self, size: int) -> None:
         """Account for `size` unpacked bytes; raise where they are too many."""

@@ -48,6 +48,8 @@ _TEXT_ATTRIBUTES = frozenset(("alt", "title", "summary", "label", "placeholder",
 _LIST_ATTRIBUTES = frozenset(("srcset", "archive"))
 _ANIMATED = frozenset(("values", "from", "to", "by"))
 _MORE_THAN_URLS = _ANIMATED | {"type", "content", "charset"}
+TELLING_ATTRIBUTES = _MORE_THAN_URLS | {"srcdoc", "style", "attributename"}
+"""Those whose value may run a script, or say that one does, without being a URL."""
 _IMAGE_TAGS = frozenset(("img", "image", "input", "td", "body", "table"))
 
 
@@ -194,7 +196,7 @@ def runs(text: str, budget: Budget | None = None) -> bool:
         return False
     seen = _Seen(len(text))
     found: Iterable[re.Match[str]] = _BEGIN.finditer(text)
-    for begin in budget.timed(found) if budget else found:
+    for begin in budget.tags(found) if budget else found:
         name = begin[1].lower()
         if name[0] == "?":
             if harmful_pi(name[1:]):
@@ -202,15 +204,18 @@ def runs(text: str, budget: Budget | None = None) -> bool:
         elif name[0] == "!":
             if not name.startswith("!--") and harmful_declaration(begin[1][1:]):
                 return True
-        elif local_name(name).startswith("script") or _tag_runs(name, text, begin.end(), seen):
+        elif local_name(name).startswith("script") or _tag_runs(
+            name, text, begin.end(), seen, budget
+        ):
             return True
     styles: Iterable[re.Match[str]] = _STYLE.finditer(text)
-    return any(bad_css(style[1]) for style in (budget.timed(styles) if budget else styles))
+    return any(bad_css(style[1]) for style in (budget.tags(styles) if budget else styles))
 
 
-def _tag_runs(tag: str, text: str, pos: int, seen: _Seen) -> bool:
+def _tag_runs(tag: str, text: str, pos: int, seen: _Seen, budget: Budget | None) -> bool:
     pairs: list[tuple[str, str | None]] = []
-    for start, end, name, value in iter_attributes(text, pos):
+    found = iter_attributes(text, pos)
+    for start, end, name, value in budget.attributes(found) if budget else found:
         if start in seen:
             break
         seen.add(start)
@@ -229,8 +234,8 @@ _LOOSE = re.compile(
 )
 
 
-def loosely_runs(text: str) -> bool:
+def loosely_runs(text: str, budget: Budget | None = None) -> bool:
     """Whether any reader, however it cuts a text, might find a script in it."""
-    if _LOOSE_EVENT.search(text) or runs(text):
+    if _LOOSE_EVENT.search(text) or runs(text, budget):
         return True
     return any(map(_LOOSE.search, loose_views(text)))

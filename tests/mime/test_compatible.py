@@ -303,6 +303,7 @@ def test_submsg():
         ("MAX_NAME_TEXT", 9, b"Content-Type: text/plain\n\nx\n"),
         ("MAX_BOUNDARY", 0, mixed(b"Content-Type: text/plain\n\nx\n")),
         ("MAX_HEADER_LINES", 1, b"A: b\nC: d\n\nx\n"),
+        ("MAX_MARKUP", 1, b"Content-Type: text/html\n\n<p style=a:b><p style=a:b>\n"),
         ("MAX_SECONDS", -1.0, b"Content-Type: text/html\n\nx\n"),
     ],
 )
