@@ -121,7 +121,8 @@ def _what_runs(text: str, scripting: bool) -> list[str]:
         for name, value in element.attrib.items():
             link = str(name) in ("href", "src", "action")
             scheme = "".join(c for c in value if c > " ").lower()
-            handler = re.fullmatch("on[a-z]+", str(name)) and name not in _WORDS
+            # One that is empty does nothing, and no reader takes the next attribute for its value.
+            handler = value and re.fullmatch("on[a-z]+", str(name)) and name not in _WORDS
             if handler or (link and scheme.startswith("javascript:")):
                 runs.append(f"{name}={value}")
     return runs
