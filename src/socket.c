@@ -321,18 +321,18 @@ open_socket(module_state *state, bool remove_old)
     }
     Py_BEGIN_ALLOW_THREADS
     result = engine->open(remove_old, &listener);
+    if (result == MI_SUCCESS && name.kind != UNIX_SOCKET && listener >= 0) {
+        /* libmilter writes a reply and each modification in a packet of its own; the second
+         * would wait for the delayed acknowledgement of the first, 40 ms.  Connections take
+         * the option over from the listening socket: at once, so that hardly one is before it. */
+        setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    }
     Py_END_ALLOW_THREADS
     if (result != MI_SUCCESS) {
         return raise_failure(state, &name);
     }
     if (name.kind == UNIX_SOCKET) {
         note_unix_socket(name.path);
-    }
-    else if (listener >= 0) {
-        /* libmilter writes a reply and each modification in a packet of its own; the second
-         * would wait for the delayed acknowledgement of the first, 40 ms.  Connections take
-         * the option over from the listening socket. */
-        setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     }
     return 0;
 }
