@@ -24,6 +24,7 @@ from support.documents import (
     commands,
     docstring_examples,
 )
+from support.postfix import settle
 
 from Milter.mta import MTA, Client
 from Milter.pytest_plugin import MilterApp, changes
@@ -213,7 +214,9 @@ def postfix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
     def run(script: str, before: str = "") -> dict[str, str]:
         if before or not (tmp_path / "main.cf").exists():
             (tmp_path / "main.cf").write_text(f"compatibility_level = 3.6\n{before}")
+        settle(tmp_path)
         subprocess.run(["sh", "-ec", script], check=True, timeout=SECONDS)
+        settle(tmp_path)
         done = subprocess.run(
             ["postconf", "-nx"], capture_output=True, text=True, check=True, timeout=SECONDS
         )

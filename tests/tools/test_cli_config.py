@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.postfix import settle
 from support.process import WAIT, python_command
 
 from Milter._cli import postfix
@@ -127,6 +128,7 @@ def postfix_has(directory: Path, text: str) -> list[str]:
     # postconf -e refuses to write where others could exchange the file.
     directory.chmod(0o755)
     (directory / "main.cf").write_text(f"compatibility_level = 3.6\n{text}")
+    settle(directory)
     (directory / "master.cf").write_text(
         "smtp inet n - n - - smtpd\nsubmission inet n - n - - smtpd\n  -o smtpd_milters=inet:a:1\n"
     )
@@ -134,6 +136,7 @@ def postfix_has(directory: Path, text: str) -> list[str]:
 
 
 def settings(directory: Path) -> dict[str, str]:
+    settle(directory)
     done = subprocess.run(
         ["postconf", "-c", str(directory), "-n"],
         capture_output=True,
