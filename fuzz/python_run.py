@@ -26,7 +26,7 @@ SLOW_SECONDS = 5
 LONGEST = 4096
 NAMES = (
     *("mime", "zip", "html", "xml", "sgml", "header", "networks", "dns", "cache", "access"),
-    "config",
+    *("config", "session"),
 )
 
 

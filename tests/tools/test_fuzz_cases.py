@@ -24,13 +24,17 @@ FUZZ = HERE.parents[1] / "fuzz"
 CASES = sorted([*HERE.glob("fuzz_cases/*/*"), *FUZZ.glob("corpus/*/*")])
 
 
-@pytest.fixture(scope="module")
-def targets() -> Any:
-    spec = importlib.util.spec_from_file_location("fuzz_targets", FUZZ / "targets.py")
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"fuzz_{name}", FUZZ / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.TARGETS
+    return module
+
+
+@pytest.fixture(scope="module")
+def targets() -> Any:
+    return load("targets").TARGETS
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: f"{path.parent.name}-{path.name}")
@@ -40,6 +44,10 @@ def test_a_case(targets: Any, case: Path) -> None:
 
 def test_there_are_cases_for_each_target(targets: Any) -> None:
     assert {case.parent.name for case in CASES} == set(targets)
+
+
+def test_each_target_is_run(targets: Any) -> None:
+    assert sorted(load("python_run").NAMES) == sorted(targets)
 
 
 # --- what was found
