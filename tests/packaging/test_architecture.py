@@ -191,6 +191,17 @@ def test_circles_are_found(sources: dict[str, str], found: list[str]) -> None:
     assert circle(without_late_bindings(arrows(texts))) == found
 
 
+def test_mime_s_modules_are_listed_in_the_order_of_their_imports() -> None:
+    text = ast.get_docstring(ast.parse(MODULES["Milter._mime"].read_text("utf-8"))) or ""
+    listed = re.findall(r"^`(\w+)`", text, re.MULTILINE)
+    prefix = "Milter._mime."
+    found = {name: targets for name, targets in product().items() if name.startswith(prefix)}
+    assert sorted(listed) == sorted(name[len(prefix) :] for name in found)
+    for place, name in enumerate(listed):
+        above = {prefix + each for each in listed[:place]}
+        assert {target for target, _ in found[prefix + name] if target in found} <= above
+
+
 #: What understands the protocol, and may neither wait nor talk to anybody.
 WITHOUT_IO = ["vocabulary", "errors", "wire", "commands", "macros", "messages", "edits", "session"]
 WITHOUT_IO += ["transaction"]

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src"
 MODULE = ROOT / "miltermodule.c"
+INTERNALS = ROOT / "docs" / "internals.md"
 
 # By floors, from the ground up: a file includes headers of lower floors and of its own.
 FLOORS = [
@@ -37,6 +38,12 @@ def test_the_module_begins_with_a_map_of_the_floors() -> None:
     assert [int(number) for number, _ in told] == list(range(len(FLOORS)))
     for (_, text), names in zip(told, FLOORS):
         assert set(re.findall(r"[\w/]+", text)) >= names
+
+
+def test_the_documentation_has_the_same_floors() -> None:
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", INTERNALS.read_text("utf-8"), re.MULTILINE)
+    told = {int(number): set(re.findall(r"`([\w/]+)(?:\.h)?`", names)) for number, names in rows}
+    assert told == dict(enumerate(FLOORS))
 
 
 def name_of(path: Path) -> str:
