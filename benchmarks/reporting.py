@@ -49,8 +49,16 @@ def describe_machine() -> dict[str, str]:
         "kernel": f"{platform.system()} {re.split('[^0-9.]', platform.release())[0]}",
         "system": _line("/etc/os-release", "^PRETTY_NAME=(.*)$"),
         "libmilter": _libmilter(),
+        "scheduler": _scheduler(),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _scheduler() -> str:
+    """Whether a process is given its part of the processors, or each of its threads: where it is
+    each thread, the load generator has less of them the more threads a filter has."""
+    setting = _line("/proc/sys/kernel/sched_autogroup_enabled", r"^(\d)$")
+    return {"1": "autogroup: sessions share", "0": "no autogroup"}.get(setting or "", "")
 
 
 def describe_python(python: str) -> str:
