@@ -286,8 +286,9 @@ milter_set_engine(PyObject *module, PyObject *value)
 
 PyDoc_STRVAR(settimeout_doc,
              "settimeout($module, seconds, /)\n--\n\n"
-             "How long the filter waits for the MTA before it gives a connection up; 0 means at\n"
-             "once, libmilter's default is 7210 s.  libmilter: smfi_settimeout.");
+             "How long the filter waits for the MTA before it gives a connection up; 0: as short\n"
+             "as can be, which is a second with our own engine; by default 7210 s.  libmilter:\n"
+             "smfi_settimeout.");
 
 static PyObject *
 milter_settimeout(PyObject *module, PyObject *value)

@@ -39,6 +39,7 @@ static atomic_int phase; /* changed under LOCK_STATE(), or by the thread that is
 enum { SETTING_UP, SOCKET_OPEN, STARTING, RUNNING, STOPPED };
 
 static atomic_bool stopped_listening;
+static bool listener_is_shared;
 static double last_connection; /* when there was one, after the handing over */
 
 bool
@@ -161,6 +162,7 @@ claim_start(module_state *state, const char *call, bool opens)
         phase = STARTING; /* before anything lets another thread run */
         if (before == SETTING_UP) {
             atomic_store(&stopped_listening, false); /* a socket will be opened */
+            listener_is_shared = false;
         }
     }
     UNLOCK_STATE();
@@ -217,7 +219,6 @@ share_open_socket(PyObject *module, PyObject *value)
 PyObject *
 duplicate_listener(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
-    static bool prepared;
     module_state *state = PyModule_GetState(module);
     int code = 0, fd;
 
@@ -225,10 +226,10 @@ duplicate_listener(PyObject *module, PyObject *Py_UNUSED(ignored))
     if (phase == SETTING_UP || phase == STOPPED || listening_socket() < 0) {
         return out_of_order(state, "_listening_socket", "not now");
     }
-    if (!prepared && !is_place_in_crew(0)) { /* else the crew has seen to it */
+    if (!listener_is_shared && !is_place_in_crew(0)) { /* else the crew has seen to it */
         code = engine->prepare_share();
     }
-    prepared = code == 0;
+    listener_is_shared = code == 0;
     fd = code == 0 ? fcntl(listening_socket(), F_DUPFD_CLOEXEC, 3) : -1;
     if (fd < 0) {
         raise_os_error(state, code != 0 ? code : errno, "cannot share", "the listening socket", "");

@@ -53,7 +53,7 @@ def end_of(running: Any) -> None:
     """It has ended, and left nothing behind."""
     running.wait_for("ends, threads []")
     assert running.wait() == 0
-    for complaint in ("never awaited", "destroyed", "Traceback", "pending"):
+    for complaint in ("never awaited", "destroyed", "Traceback", "is pending"):
         assert complaint not in running.output
 
 

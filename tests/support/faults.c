@@ -2,7 +2,8 @@
  * Preloaded into a filter, it makes calls fail on demand: allocations and the creation of threads
  * where libmilter or the module `milter` call for them (or the latter alone, in its main thread),
  * processes and writes to files wherever.  A disk that is filling up takes half of the first write.
- * What libmilter sends may be made to take its time.
+ * What libmilter sends may be made to take its time, and the kernel to have no room for one more
+ * descriptor that an epoll instance waits for.
  *
  * Beside that, these variables of the environment change one call each:
  *   FAULTS_SIGNAL    a number: listen() raises this signal, once it listens
@@ -29,6 +30,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -50,6 +52,7 @@ enum {
     SLOW_SENDING,
     THREADS_OF_MAIN,
     PROCESSES,
+    WATCHES,
 };
 
 static struct {
@@ -319,6 +322,18 @@ ssize_t
 pwrite(int fd, const void *data, size_t size, off_t offset)
 {
     return pwrite64(fd, data, size, offset);
+}
+
+int
+epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
+{
+    int (*next)(int, int, int, struct epoll_event *) = dlsym(RTLD_NEXT, "epoll_ctl");
+
+    if (operation == EPOLL_CTL_ADD && fails(WATCHES)) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return next(epoll, operation, fd, event);
 }
 
 int

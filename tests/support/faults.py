@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ALLOCATIONS, THREADS, WRITES, SHORT_WRITES, SLOW_SENDING, THREADS_OF_MAIN, PROCESSES = range(1, 8)
+WATCHES = 8
 ALWAYS = 1 << 40  # calls
 _LAYOUT = struct.Struct("@4q")
 

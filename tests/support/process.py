@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from Milter.mta import MTA
+from Milter.mta import MTA, MTAError
 
 FILTERS = Path(__file__).with_name("filters")
 # Seconds: the bound of every wait, far above what a loaded machine needs; more of them where
@@ -96,7 +96,12 @@ class Filter:
         """A connection to the filter, which may still be starting."""
         options.setdefault("wait_for", WAIT)
         options.setdefault("timeout", WAIT)
-        return MTA.connect(self.socket, **options)
+        try:
+            return MTA.connect(self.socket, **options)
+        except MTAError as exc:
+            if hasattr(exc, "add_note"):  # Python 3.11
+                exc.add_note(f"The filter wrote:\n{self.all_output}")
+            raise
 
     def wait(self, timeout: float = WAIT) -> int:
         """Wait until the process has ended; returns its exit status."""

@@ -67,6 +67,29 @@ def test_the_loop_runs_the_callbacks(leading: Callable[..., Any], loop: str) -> 
     running.wait_for("served")
 
 
+@pytest.mark.parametrize("name", ["Large", "LargeAfterAwaiting", "LargeBesidePlain"])
+def test_an_mta_that_does_not_read_holds_up_no_loop(leading: Callable[..., Any], name: str) -> None:
+    """What it does not take waits in the engine; coroutines go on, its own and others."""
+    running = leading(name)
+    size = 3_000_000
+    with running.mta() as mta, running.mta() as other:
+        greet(mta)
+        mta.mail("<a@b>")
+        mta.rcpt("<c@d>")
+        mta.data()
+        mta.header("Subject", " x")
+        mta.eoh()
+        mta.send_packet(b"E", b"")
+        running.wait_for("written")
+        greet(other)
+        other.mail("<a@b>")
+        assert other.rcpt("<no@d>").verdict == Verdict.REJECT
+        while (packet := mta.read_packet()).command == b"b":
+            size -= len(packet.data)
+        assert (packet.command, size) == (b"a", 0)
+    assert running.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("name", "plain"), [("Plain", "hello"), ("Negotiating", "negotiate"), ("Assigned", "hello")]
 )

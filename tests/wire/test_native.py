@@ -16,17 +16,19 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import faults
 from support.lifecycle import wait_until
 from support.process import WAIT
 from support.wire import Session, session
 
-from Milter.mta import MTA, MTAError, Offer, Verdict
+from Milter.mta import MTA, FilterClosed, MTAError, Offer, Verdict
 
 pytestmark = [
     pytest.mark.engine("native"),
@@ -177,6 +179,51 @@ def test_a_callback_that_blocks_delays_no_other(run_filter: Run) -> None:
     assert max(took) < 1
 
 
+# A thread that has the interpreter lock for 200 ms at a time, as code in C may.
+KEEPS_THE_LOCK = """
+import ctypes, threading, time
+
+def keep_the_lock():
+    while True:
+        ctypes.PyDLL(None).usleep(200_000)
+        time.sleep(0.001)
+
+threading.Thread(target=keep_the_lock, daemon=True).start()
+"""
+
+
+@pytest.mark.skipif(
+    sysconfig.get_config_var("Py_GIL_DISABLED") == 1, reason="there is no lock to keep"
+)
+def test_who_waited_for_the_interpreter_lock_delays_no_other(
+    run_filter: Run, tmp_path: Path
+) -> None:
+    """A callback that blocks is noticed also where it began long after its batch did."""
+    running = run_filter("scripted", KEEPS_THE_LOCK)
+    goes_on = f"""
+        import os, time
+        until = time.monotonic() + {WAIT}
+        while not os.path.exists({str(tmp_path)!r} + "/" + stage) and time.monotonic() < until:
+            time.sleep(0.02)
+        say(os.path.exists({str(tmp_path)!r} + "/" + stage))
+        """
+    stages = ["helo", "envfrom", "envrcpt", "data"]  # each is slow once: that has to be noticed
+    with running.mta(offer=Offer()) as mta, session(running) as beside:
+        blocking = Session(running, mta, dict.fromkeys(stages, goes_on))
+        blocking.connect()
+        beside.connect()
+        for count, stage in enumerate(stages, 1):
+            packet = [b"Hx\0", b"M<a@example.com>\0", b"R<b@example.com>\0", b"T"][count - 1]
+            mta.send_packet(packet[:1], packet[1:])
+            assert beside.mta.mail("<alice@example.com>").verdict is Verdict.CONTINUE
+            assert beside.mta.rcpt("<bob@example.org>").verdict is Verdict.CONTINUE
+            beside.mta.abort()
+            (tmp_path / stage).touch()
+            assert blocking.next(count) == (True,)
+            assert mta.read_packet().command == b"c"
+    assert running.stop() == 0
+
+
 # --- MTAs that do not read ---------------------------------------------------------------------
 
 
@@ -234,6 +281,61 @@ def test_after_half_a_packet_nothing_follows(run_filter: Run, tmp_path: Path) ->
     assert running.stop() == 0
 
 
+def test_what_came_in_time_is_served_late(run_filter: Run) -> None:
+    """The filter had no time itself for longer than it waits for its MTAs: nobody is late."""
+    running = run_filter("scripted", "milter.settimeout(2)")
+    with contextlib.ExitStack() as stack:
+        waiting = [running.mta(offer=Offer()) for _ in range(100)]
+        for mta in waiting:
+            stack.callback(mta.close)
+            mta.connect_info("client.example")
+        running.process.send_signal(signal.SIGSTOP)
+        try:
+            for mta in waiting:
+                mta.send_packet(b"H", b"client.example\0")
+            time.sleep(2.5)
+        finally:
+            running.process.send_signal(signal.SIGCONT)
+        assert {mta.read_packet().command for mta in waiting} == {b"c"}
+        with pytest.raises(FilterClosed):  # who is late himself is given up
+            waiting[0].read_packet()
+    assert running.stop() == 0
+
+
+def test_no_time_at_all_is_enough_to_be_served(run_filter: Run) -> None:
+    running = run_filter("scripted", "milter.settimeout(0)")
+    passes(running)
+    assert running.stop() == 0
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_stop_cuts_no_answer_short(run_filter: Run, free_port: Callable[[], int]) -> None:
+    """What is due to an MTA is written, also where its network takes it slowly."""
+    size, port = 250_000, free_port()
+    running = run_filter("scripted", socket=f"inet:{port}@127.0.0.1")
+    passes(running)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        sock.connect(("127.0.0.1", port))
+        mta = MTA(sock, offer=Offer(), timeout=WAIT)
+        talking = Session(running, mta, {"eom": f"ctx.replacebody(b'x' * {size})\nsay('written')"})
+        talking.envelope()
+        mta.eoh()
+        mta.send_packet(b"E", b"")
+        assert talking.next() == ("written",)
+        running.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not accepts(port), "it goes on listening")
+        while (packet := mta.read_packet()).command == b"b":
+            size -= len(packet.data)
+        assert (packet.command, size) == (b"c", 0)
+    assert running.wait() == 0
+
+
 def test_the_longest_timeouts_are_long(run_filter: Run) -> None:
     """In milliseconds they are more than an int holds."""
     running = run_filter("scripted", "milter.settimeout(536870912)")
@@ -280,6 +382,26 @@ def test_descriptors_that_run_out_are_waited_for(run_filter: Run) -> None:
         assert cpu_seconds(running.pid) - before < 0.3
         assert running.output.count("cannot accept connections for now") == 1, running.output
         served[0].close()
+        with MTA(waiting, offer=Offer(), timeout=WAIT) as mta:
+            assert mta.connect_info("client.example").verdict is Verdict.CONTINUE
+    passes(running)
+    assert running.stop() == 0
+
+
+@pytest.mark.skipif(not faults.possible(), reason="system calls cannot be made to fail here")
+def test_a_socket_that_cannot_be_watched_is_not_forgotten(run_filter: Run, tmp_path: Path) -> None:
+    """Accepting had paused; the kernel has no room for the socket when it is to go on."""
+    faulty = faults.Faults(tmp_path)
+    running = run_filter("scripted", env=faulty.env)
+    passes(running)
+    used = len(os.listdir(f"/proc/{running.pid}/fd"))
+    _, most = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used, most))
+    waiting = connected_socket(running)
+    running.wait_for("cannot accept connections for now")
+    resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (most, most))
+    with faulty.failing(faults.WATCHES, 1):
+        wait_until(lambda: faulty.seen >= 1, "it does not try again")
         with MTA(waiting, offer=Offer(), timeout=WAIT) as mta:
             assert mta.connect_info("client.example").verdict is Verdict.CONTINUE
     passes(running)

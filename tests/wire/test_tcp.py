@@ -8,6 +8,7 @@ import time
 
 import pytest
 from support.lifecycle import MESSAGE, RECIPIENTS, end
+from support.wire import session
 
 from Milter.mta import MTA
 
@@ -92,6 +93,28 @@ def test_many_changes_of_one_message_go_out_at_once(run_filter, free_port):
     filter_ = run_filter("lifecycle", socket=f"inet:{free_port()}@127.0.0.1")
     with filter_.mta() as mta:
         assert not waits_for_acknowledgements(mta, changes=4)
+
+
+LOOK = """
+import os, socket
+for fd in range(3, 100):
+    try:
+        sock = socket.socket(fileno=os.dup(fd))
+        sock.getpeername()
+    except OSError:
+        continue
+    say(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0)
+    sock.close()
+"""
+
+
+def test_a_host_that_has_vanished_is_noticed_in_the_end(run_filter, free_port):
+    """The system asks after a connection on which nothing comes."""
+    running = run_filter("scripted", socket=f"inet:{free_port()}@127.0.0.1")
+    with session(running, helo=LOOK) as each:
+        each.reach("helo")
+    assert each.said() == [(True,)]
+    assert running.stop() == 0
 
 
 def test_a_connection_that_is_reset_harms_only_itself(run_filter, free_port):

@@ -39,6 +39,9 @@ watch_listener(void)
     listener_left = false;
     if (accepting && fd >= 0 && !listener_watched) {
         listener_watched = poller_add(poller, fd, listener_tag, false, false);
+        if (!listener_watched) {
+            accept_again = monotonic_now() + ACCEPT_PAUSE; /* the system has no room for it now */
+        }
     }
 }
 
@@ -160,13 +163,17 @@ acceptor_has_room(void)
     return true;
 }
 
+/* It is judged anew when next something waits: that the others had no time says nothing of them. */
 bool
 acceptor_share_changed(void)
 {
-    if (listener_left) {
+    bool was_left = listener_left;
+
+    if (was_left) {
+        listener_left = false;
         accept_again = 1; /* at once */
     }
-    return listener_left;
+    return was_left;
 }
 
 /* ------------------------------------------------------------------------- life */

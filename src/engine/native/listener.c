@@ -168,6 +168,8 @@ listener_open(bool remove_old, int *opened)
     if (!done || fcntl(listener, F_SETFL, fcntl(listener, F_GETFL) | O_NONBLOCK) < 0) {
         return MI_FAILURE;
     }
+    /* Accepted connections inherit it: an MTA's host that has vanished is noticed in the end. */
+    setsockopt(listener, SOL_SOCKET, SO_KEEPALIVE, &(int){1}, sizeof(int));
     *opened = listener;
     return MI_SUCCESS;
 }
@@ -185,6 +187,11 @@ listener_accept(void)
     if (fd >= 0 && (fcntl(fd, F_SETFL, O_NONBLOCK) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0)) {
         close(fd);
         fd = -1;
+    }
+#endif
+#ifdef SO_NOSIGPIPE /* where send() has no such flag */
+    if (fd >= 0) {
+        setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &(int){1}, sizeof(int));
     }
 #endif
     return fd;

@@ -22,6 +22,7 @@
 #define SPIN_CONNECTIONS 2       /* with so few */
 #define SPIN_CREDIT 8            /* times in a row that it may be in vain */
 #define SLOW_FOR_NS 1000000000LL /* so long a step that was slow is taken for slow */
+#define FLUSH_SECONDS 5.0        /* for MTAs to take what is due to them, when all has ended */
 #define FINISH_SECONDS 1.0       /* for threads to end */
 #define MOST_LOOPS 64
 #define TURN_NS 1000000LL /* so long a turn may go on, where there is something to do */
@@ -69,8 +70,17 @@ static struct {
 static char listener_tag, lifeline_tag;
 
 /* The guest leads the first loop, where that is the only one. */
+static struct connection *served_by_guest; /* also after it has lost the lead */
 static bool guest_dismissed;
 static double guest_alarm; /* when it was promised a turn last */
+
+/* How long a connection waits for its MTA, in seconds.  Not less than one, as there must be time to
+ * look at what comes. */
+static int
+patience(void)
+{
+    return timeout_seconds > 0 ? timeout_seconds : 1;
+}
 
 /* ------------------------------------------------------------------------ queue */
 
@@ -213,6 +223,9 @@ destroy(struct connection *connection)
     unlink_connection(connection);
     connection_reclaim(connection, &connection->loop->stock);
     connection_free(connection);
+    if (ending) {
+        tell_waiter(); /* that may have been the last */
+    }
     if (acceptor_has_room()) {
         wake_leader(&loops[0]);
     }
@@ -445,12 +458,18 @@ serve_queued(struct member *self, struct connection *connection)
     if (is_leader(self)) {
         connection->loop->served_by_leader = connection;
     }
+    if (self == &guest) {
+        served_by_guest = connection;
+    }
     pthread_mutex_unlock(&team_lock);
     goes_on = !end_now && serve(self, connection);
     over = !goes_on && close_connection(self, connection);
     pthread_mutex_lock(&team_lock);
     if (is_leader(self)) {
         connection->loop->served_by_leader = NULL;
+    }
+    if (self == &guest) {
+        served_by_guest = NULL;
     }
     settle(connection, over);
 }
@@ -481,7 +500,7 @@ run_batch(struct member *self)
 {
     bool inside;
 
-    team_is_active();
+    batch_begins(self);
     pthread_mutex_unlock(&team_lock);
     take_callback_mask(self);
     inside = hooks->enter();
@@ -492,6 +511,7 @@ run_batch(struct member *self)
         hooks->leave();
     }
     pthread_mutex_lock(&team_lock);
+    batch_ends(self);
 }
 
 /* ------------------------------------------------------------- new connections */
@@ -524,7 +544,7 @@ take_in(int fd)
         close(fd);
         return false;
     }
-    timeout = connection->active + timeout_seconds;
+    timeout = connection->active + patience();
     link_connection(loop, connection);
     watch_connection(connection);
     if (loop->next_timeout > timeout) {
@@ -580,29 +600,52 @@ on_connection(struct connection *connection, const struct poller_event *event)
     }
 }
 
-/* Connections that have waited for too long for their MTA. */
+/* Has it waited for too long for its MTA?  If this process had no time for as long, what came
+ * meanwhile has not been seen yet. */
+static bool
+has_timed_out(struct connection *connection, double now)
+{
+    if (connection->active + patience() > now) {
+        return false;
+    }
+    if (connection->state == WATCHED && !connection->writing) {
+        connection_read(connection, &connection->loop->stock);
+    }
+    return connection->active + patience() <= now;
+}
+
+static void
+end_of_patience(struct connection *connection)
+{
+    if (connection->state == FLUSHING) {
+        destroy(connection);
+        return;
+    }
+    if (connection->writing) {
+        connection_break(connection); /* its MTA does not take its answer */
+    }
+    connection->at_end = true;
+    enqueue(connection);
+}
+
 static void
 look_for_timeouts(struct loop *loop, double now)
 {
-    double earliest = now + timeout_seconds;
+    double earliest = now + patience();
 
     for (struct connection *each = loop->all, *next; each != NULL; each = next) {
         next = each->next;
         if (each->state != WATCHED && each->state != FLUSHING) {
             continue; /* it is who serves it who writes `active`; its time begins after that */
         }
-        if (each->state == WATCHED && each->active + timeout_seconds <= now) {
-            if (each->writing) {
-                connection_break(each); /* its MTA does not take its answer */
-            }
-            each->at_end = true;
+        if (has_timed_out(each, now)) {
+            end_of_patience(each);
+        }
+        else if (each->state == WATCHED && has_work(each) && !each->writing) {
             enqueue(each);
         }
-        else if (each->state == FLUSHING && each->active + timeout_seconds <= now) {
-            destroy(each);
-        }
-        else if (each->active + timeout_seconds < earliest) {
-            earliest = each->active + timeout_seconds;
+        else if (each->active + patience() < earliest) {
+            earliest = each->active + patience();
         }
     }
     loop->next_timeout = earliest;
@@ -765,8 +808,9 @@ serve_for_a_while(struct loop *loop)
         if (loop->queue == NULL) {
             break;
         }
-        team_is_active();
+        batch_begins(&guest);
         serve_all(&guest);
+        batch_ends(&guest);
     } while (goes_on_leading(&guest) && clock_ns() - began < TURN_NS);
 }
 
@@ -837,6 +881,18 @@ loop_dismiss(void)
 
 /* ------------------------------------------------------- what callbacks have written */
 
+/* Is it served by a coroutine, or by the guest's turn? */
+static bool
+runs_in_event_loop(struct connection *connection)
+{
+    bool by_guest;
+
+    pthread_mutex_lock(&team_lock);
+    by_guest = served_by_guest == connection;
+    pthread_mutex_unlock(&team_lock);
+    return by_guest || connection->session.suspended;
+}
+
 static int
 driver_written(SMFICTX *session, bool urgent)
 {
@@ -854,9 +910,13 @@ driver_written(SMFICTX *session, bool urgent)
         (urgent && connection_unsent(connection) < HELD_BACK)) {
         return MI_SUCCESS;
     }
+    if (runs_in_event_loop(connection)) {
+        return MI_SUCCESS; /* which cannot wait; what is left goes out when the callback has ended
+                            */
+    }
     released = hooks->release();
-    sent = connection_send_all(connection,
-                               timeout_seconds < INT_MAX / 1000 ? timeout_seconds * 1000 : INT_MAX);
+    sent =
+        connection_send_all(connection, patience() < INT_MAX / 1000 ? patience() * 1000 : INT_MAX);
     hooks->reacquire(released);
     return sent ? MI_SUCCESS : MI_FAILURE;
 }
@@ -960,7 +1020,7 @@ open_loops(void)
         if (loop->poller == NULL) {
             break;
         }
-        loop->next_timeout = monotonic_now() + timeout_seconds;
+        loop->next_timeout = monotonic_now() + patience();
         seats[poller_count++] = &loop->seat;
     }
     return poller_count > 0 ? 0 : errno;
@@ -1074,6 +1134,19 @@ hang_up_on_idle_ones(void)
     pthread_mutex_unlock(&team_lock);
 }
 
+static bool
+all_is_sent(void)
+{
+    for (size_t i = 0; i < loop_count; i++) {
+        for (struct connection *each = loops[i].all; each != NULL; each = each->next) {
+            if (each->state == FLUSHING) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 bool
 loop_finish(void)
 {
@@ -1084,6 +1157,7 @@ loop_finish(void)
     }
     pthread_mutex_lock(&team_lock);
     if (poller_count > 0) {
+        wait_for_team(all_is_sent, FLUSH_SECONDS);
         end_team();
         wake_leaders();
     }

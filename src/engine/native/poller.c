@@ -308,6 +308,7 @@ struct poller {
     struct pollfd *wait;
     void **tags;
     size_t count, room;
+    size_t next; /* where to look first: whoever was last has its turn, too */
     int waker[2];
 };
 
@@ -459,8 +460,8 @@ take_events(struct poller *poller, const struct pollfd *seen, size_t count,
     int kept = 0;
     char bytes[64];
 
-    for (size_t i = 0; i < count && kept < POLLER_EVENTS; i++) {
-        size_t place;
+    for (size_t looked_at = 0; looked_at < count && kept < POLLER_EVENTS; looked_at++) {
+        size_t place, i = poller->next = (poller->next + 1) % count;
 
         if (seen[i].revents == 0) {
             continue;

@@ -587,7 +587,8 @@ add_verdict(SMFICTX *session, sfsistat verdict)
 {
     unsigned long no_reply = command_of(session->command)->no_reply & session->steps;
 
-    if (no_reply != 0 && verdict >= SMFIS_CONTINUE && verdict < SMFIS_NOREPLY) {
+    if (no_reply != 0 &&
+        ((verdict >= SMFIS_CONTINUE && verdict < SMFIS_NOREPLY) || verdict == SMFIS_SKIP)) {
         complain(session, "an answer (%d) where the filter had said that it gives none",
                  (int)verdict);
         verdict = SMFIS_NOREPLY;

@@ -29,15 +29,15 @@ static struct member *members; /* all that have not been joined */
 static struct member *idle;
 static size_t count; /* of members that have not ended */
 static bool ending;
-static long long no_recruit; /* when the last one could not be had */
-static pthread_cond_t someone_ended;
-static sigset_t callback_mask; /* of who called team_begin() */
+static long long no_recruit;    /* when the last one could not be had */
+static pthread_cond_t progress; /* for who waits for the team: someone has ended, for one */
+static sigset_t callback_mask;  /* of who called team_begin() */
 static struct {
     pthread_t thread;
     pthread_cond_t wake;
     bool runs;
     bool asleep;
-    long long active; /* when the last batch began */
+    long long active; /* when the last batch ended */
 } watch;
 
 long long
@@ -167,7 +167,7 @@ be_member(void *argument)
     bury_the_dead(); /* so that one at most waits for that */
     self->ended = true;
     count--;
-    pthread_cond_signal(&someone_ended);
+    tell_waiter();
     pthread_mutex_unlock(&team_lock);
     return NULL;
 }
@@ -254,10 +254,26 @@ hand_over(struct seat *seat, size_t at_most)
 }
 
 void
+tell_waiter(void)
+{
+    pthread_cond_signal(&progress);
+}
+
+void
+wait_for_team(bool (*done)(void), double seconds)
+{
+    double deadline = monotonic_now() + seconds;
+
+    while (!done() && monotonic_now() < deadline) {
+        wait_for(&progress, deadline - monotonic_now());
+    }
+}
+
+void
 end_turn(void)
 {
     guest.in_turn = false;
-    pthread_cond_signal(&someone_ended);
+    tell_waiter();
 }
 
 void
@@ -279,13 +295,20 @@ team_is_ending(void)
 /* -------------------------------------------------------------------- the watch */
 
 void
-team_is_active(void)
+batch_begins(struct member *self)
 {
-    watch.active = clock_ns();
+    self->in_batch = true;
     if (watch.asleep) {
         watch.asleep = false;
         pthread_cond_signal(&watch.wake);
     }
+}
+
+void
+batch_ends(struct member *self)
+{
+    self->in_batch = false;
+    watch.active = clock_ns();
 }
 
 /* When the callback began in which this leader is; 0: in none. */
@@ -296,10 +319,10 @@ leader_began(const struct seat *seat)
 }
 
 static bool
-some_leader_is_in_a_callback(void)
+some_leader_is_in_a_batch(void)
 {
     for (size_t i = 0; i < seat_count; i++) {
-        if (leader_began(seats[i]) != 0) {
+        if (seats[i]->leader != NULL && seats[i]->leader->in_batch) {
             return true;
         }
     }
@@ -326,7 +349,7 @@ be_watch(void *argument)
     (void)argument;
     pthread_mutex_lock(&team_lock);
     while (!ending) {
-        if (!some_leader_is_in_a_callback() && clock_ns() - watch.active > WATCH_NS) {
+        if (!some_leader_is_in_a_batch() && clock_ns() - watch.active > WATCH_NS) {
             watch.asleep = true;
             while (watch.asleep && !ending) {
                 pthread_cond_wait(&watch.wake, &team_lock);
@@ -354,7 +377,7 @@ team_begin(struct seat *const *all, size_t *most, void (*lead)(struct member *se
 
     lead_loop = lead;
     last_words = thread_ends;
-    make_condition(&someone_ended);
+    make_condition(&progress);
     make_condition(&watch.wake);
     pthread_mutex_lock(&team_lock);
     ending = false;
@@ -376,28 +399,25 @@ team_begin(struct seat *const *all, size_t *most, void (*lead)(struct member *se
     return code;
 }
 
-/* Is there a member whose end is near, as it is in no callback? */
+/* Those that are left are in callbacks.  The others' end is near. */
 static bool
-some_are_about_to_end(void)
+none_is_about_to_end(void)
 {
     for (const struct member *member = members; member != NULL; member = member->next) {
         if (!member->ended && atomic_load(&member->began) == 0) {
-            return true;
+            return false;
         }
     }
-    return guest.in_turn && atomic_load(&guest.began) == 0;
+    return !guest.in_turn || atomic_load(&guest.began) != 0;
 }
 
 bool
 team_has_ended(double seconds)
 {
-    double deadline = monotonic_now() + seconds;
     bool all;
 
     pthread_mutex_lock(&team_lock);
-    while (some_are_about_to_end() && monotonic_now() < deadline) {
-        wait_for(&someone_ended, deadline - monotonic_now());
-    }
+    wait_for_team(none_is_about_to_end, seconds);
     bury_the_dead();
     all = count == 0 && !guest.in_turn;
     pthread_mutex_unlock(&team_lock);

@@ -27,6 +27,7 @@ struct member {
     bool has_mask;      /* that of callbacks */
     bool ended;         /* or about to: it is to be joined */
     bool in_turn;       /* the guest: see below */
+    bool in_batch;      /* from before it enters the interpreter until it has left */
     atomic_llong began; /* its callback, in ns of the monotonic clock; 0: it is in none */
     char command;       /* of which it is the callback */
 };
@@ -59,8 +60,14 @@ bool hand_over(struct seat *seat, size_t at_most);
 /* The guest's turn is over. */
 void end_turn(void);
 
-/* A leader begins a batch. */
-void team_is_active(void);
+/* Around each batch.  While a leader is in one the watch is awake: it cannot know when the next
+ * callback begins, which may be the one that takes long. */
+void batch_begins(struct member *self);
+void batch_ends(struct member *self);
+
+/* Wait until `done` says so, for `seconds` at most; it is asked again at each tell_waiter(). */
+void wait_for_team(bool (*done)(void), double seconds);
+void tell_waiter(void);
 
 /* All are to end, as soon as they are in no callback. */
 void end_team(void);

@@ -52,6 +52,28 @@ class Leading(Milter.Base):
         return Milter.ACCEPT
 
 
+class Large(Leading):
+    """An answer that is more than any socket takes at once: of 3 MB."""
+
+    async def eom(self) -> int:
+        self.replacebody(b"x" * 1_500_000)
+        say("half")
+        self.replacebody(b"x" * 1_500_000)
+        say("written")
+        return Milter.ACCEPT
+
+
+class LargeAfterAwaiting(Large):
+    async def eom(self) -> int:
+        await asyncio.sleep(0)
+        return await super().eom()
+
+
+class LargeBesidePlain(LargeAfterAwaiting):
+    def hello(self, name: str) -> int:
+        return Milter.CONTINUE
+
+
 class Plain(Leading):
     """One callback of the application's is plain, and may block."""
 
