@@ -115,6 +115,7 @@ def _filters(new_socket: Callable[[], str]) -> Iterator[Callable[..., Filter]]:
     for each in started:
         with contextlib.suppress(Exception):
             each.kill()
+        print(f"What the filter wrote at {each.socket}:\n{each.all_output}")  # where a test failed
 
 
 @pytest.fixture
