@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import Any
 
 import milter
@@ -150,6 +151,8 @@ if __name__ == "__main__":
     elif options.pop("uvloop", False):
         import uvloop
 
+        # uvloop 0.22 asks it of each signal handler; Python 3.14 would have it ask elsewhere.
+        warnings.filterwarnings("ignore", "'asyncio.iscoroutinefunction'", DeprecationWarning)
         uvloop.run(globals()[program](socket, **options))
     else:
         asyncio.run(globals()[program](socket, **options))
