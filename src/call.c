@@ -209,13 +209,15 @@ variables_of(ContextObject *context)
     return Py_XNewRef(context->variables);
 }
 
-/* The context that is entered now, owned, or NULL where the callback runs without. */
+/* The context that is entered now, owned, or NULL where the callback runs without.  It is entered
+ * for plain methods too: nobody knows beforehand whether one of them returns an awaitable, and what
+ * a callback sets without would stay on the engine's thread, for other connections to see. */
 static PyObject *
 enter_variables(const Call *call)
 {
     PyObject *variables;
 
-    if (!variables_are_kept() || call->step.context == NULL) {
+    if (call->step.context == NULL) {
         return NULL;
     }
     variables = variables_of(call->step.context);
@@ -689,7 +691,6 @@ wait_for_it(Call *call, PyObject *awaitable)
 static PyObject *
 await_it(Call *call, PyObject *awaitable, bool *later)
 {
-    begin_to_keep_variables();
     if (first_step_here() != NULL) {
         return step_here(call, awaitable, later);
     }

@@ -128,15 +128,15 @@ let_go(ContextObject *context)
     }
 }
 
-/* The object that the context keeps; returns the one before, owned, or NULL. */
+/* What the context keeps, owned, or NULL; it keeps it no more. */
 static PyObject *
-swap_priv(ContextObject *context, PyObject *priv)
+take_away(PyObject **kept)
 {
     PyObject *old;
 
     LOCK_STATE();
-    old = context->priv;
-    context->priv = Py_XNewRef(priv);
+    old = *kept;
+    *kept = NULL;
     UNLOCK_STATE();
     return old;
 }
@@ -148,8 +148,10 @@ forget_connection(ContextObject *context)
     engine->keep_agreement(context->handle, context->actions, context->protocol);
     lock_context(context); /* another thread may be in the engine with this handle */
     let_go(context);
-    Py_XDECREF(swap_priv(context, NULL)); /* breaks the cycle with the application's object */
-    Py_DECREF(context);                   /* the reference that the engine's pointer owned */
+    /* The application's object and its variables may have the context: break these circles. */
+    Py_XDECREF(take_away(&context->priv));
+    Py_XDECREF(take_away(&context->variables));
+    Py_DECREF(context); /* the reference that the engine's pointer owned */
 }
 
 void

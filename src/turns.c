@@ -10,22 +10,9 @@
 #include "engine/choice.h"
 #include "threads.h"
 
-static atomic_bool kept;       /* variables are */
 static atomic_bool coroutines; /* a class was seen that has no other callbacks */
 static atomic_bool plain;      /* or one that has: no loop leads any more */
 static _Thread_local PyObject *first_step;
-
-bool
-variables_are_kept(void)
-{
-    return atomic_load_explicit(&kept, memory_order_relaxed);
-}
-
-void
-begin_to_keep_variables(void)
-{
-    atomic_store(&kept, true);
-}
 
 static void
 dismiss_for_good(void)
@@ -40,7 +27,6 @@ dismiss_for_good(void)
 PyObject *
 keep_variables(PyObject *Py_UNUSED(module), PyObject *only_coroutines)
 {
-    begin_to_keep_variables();
     if (only_coroutines == Py_True) {
         atomic_store(&coroutines, true);
     }

@@ -11,11 +11,6 @@ PyObject *attend(PyObject *module, PyObject *first_step);
 PyObject *take_turn(PyObject *module, PyObject *ignored);
 PyObject *dismiss_loop(PyObject *module, PyObject *ignored);
 
-/* Do callbacks run in a contextvars context of their connection?  Once some are, or may be,
- * coroutines. */
-bool variables_are_kept(void);
-void begin_to_keep_variables(void);
-
 /* first_step() of Milter._async's Runner, borrowed, for callbacks that this thread runs in a turn;
  * NULL outside of one. */
 PyObject *first_step_here(void);

@@ -151,6 +151,28 @@ def test_plain_callbacks_share_the_variables_of_their_connection(
             assert mta.eom().modifications == (AddHeader(b"X-Client", client.encode()),)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("PlainAlone", 2), ("Returning", 3), ("Hidden", 3), ("NegotiatingAlone", 3)],
+)
+def test_no_connection_sees_the_variables_of_another(
+    coroutines: Callable[..., Any], name: str, steps: int
+) -> None:
+    """From the first callback on, whether or not anybody knows of a coroutine yet."""
+    running = coroutines(name)
+    with running.mta() as one, running.mta() as other:
+        both = ((one, "one.example"), (other, "other.example"))
+        for mta, client in both:
+            mta.connect_info(client)
+        for mta, _ in both:
+            mta.helo("h")
+        for mta, client in both:
+            mta.mail("<a@b>")
+            mta.rcpt("<c@d>")
+            seen = " ".join(["nobody", *[client] * steps])
+            assert mta.eom().modifications == (AddHeader(b"X-Seen", seen.encode()),)
+
+
 def test_the_steps_of_a_connection_never_overlap(coroutines: Callable[..., Any]) -> None:
     """Nor where the MTA does not wait for answers."""
     running = coroutines("InTurn")

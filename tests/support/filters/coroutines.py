@@ -213,6 +213,65 @@ class Mixed(Milter.Base):
         return Milter.ACCEPT
 
 
+class PlainAlone(Milter.Base):
+    """Plain callbacks set a variable and read it."""
+
+    def connect(self, host: str, family: Any, address: Any) -> int:
+        self.seen = [CLIENT.get()]
+        CLIENT.set(host)
+        return Milter.CONTINUE
+
+    def hello(self, name: str) -> int:
+        self.seen.append(CLIENT.get())
+        return Milter.CONTINUE
+
+    def eom(self) -> int:
+        self.addheader("X-Seen", " ".join([*self.seen, CLIENT.get()]))
+        return Milter.ACCEPT
+
+
+class Returning(PlainAlone):
+    """Nobody knows of the coroutine before it is returned."""
+
+    def envfrom(self, sender: str, *params: str) -> Any:
+        return self.answer()
+
+    async def answer(self) -> int:
+        await asyncio.sleep(0)
+        self.seen.append(CLIENT.get())
+        return Milter.CONTINUE
+
+
+def hidden(method: Any) -> Any:
+    """A decorator that does not say what it decorates."""
+
+    def call(self: Any, *args: Any) -> Any:
+        return method(self, *args)
+
+    return call
+
+
+class Hidden(PlainAlone):
+    @hidden
+    async def envfrom(self, sender: str, *params: str) -> int:
+        await asyncio.sleep(0)
+        self.seen.append(CLIENT.get())
+        return Milter.CONTINUE
+
+
+class NegotiatingAlone(PlainAlone):
+    """Nobody looks at the class, as its negotiate leaves that out."""
+
+    def negotiate(self, opts: list[int]) -> int:
+        self._actions, self._protocol = opts[0], 0
+        opts[1:] = [0] * len(opts[1:])
+        return Milter.CONTINUE
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        self.seen.append(CLIENT.get())
+        return Milter.CONTINUE
+
+
 class InTurn(Milter.Base):
     """Headers come without waiting for an answer; their coroutines must not overlap."""
 
