@@ -308,7 +308,7 @@ def _the_runner() -> Runner:
                 raise
             runner.ident = runner.thread.ident
             _runner = runner
-            atexit.register(end)
+            atexit.register(_end_at_exit)
             _watch(runner)
         return _runner
 
@@ -521,12 +521,22 @@ def end() -> None:
         runner.thread.join(_END_SECONDS)
         if runner.watch is not None and not runner.thread.is_alive():
             runner.watch.join(_SLOW_SECONDS + _LOOK_SECONDS)
-        atexit.unregister(end)
+        atexit.unregister(_end_at_exit)
     else:
         done = threading.Event()
         if runner.call(_end_in_program, runner, done):
             done.wait(_END_SECONDS)
     runner.abandon()
+
+
+def _end_at_exit() -> None:
+    """The program ends.
+
+    Where a filter still runs, in a daemon thread, it drains first, and ends the loop: the extension
+    sees to that afterwards, as it was registered earlier.
+    """
+    if not milter._is_running():
+        end()
 
 
 def _end_in_program(runner: Runner, done: threading.Event) -> None:

@@ -419,6 +419,27 @@ def test_what_waits_at_the_end_of_the_drain_is_cancelled(
     assert running.wait() == 0
 
 
+def test_a_filter_in_a_daemon_thread_drains_at_the_end_of_the_program(
+    coroutines: Callable[..., Any],
+) -> None:
+    """Its coroutines too go on until the deadline."""
+    running = coroutines("Pausing", daemon=True, drain_timeout=10)
+    mta = running.mta()
+    with ThreadPoolExecutor(1) as pool:
+        envelope(mta)
+        answer = pool.submit(mta.rcpt, "<c@d>")
+        running.wait_for("waits")
+        running.process.send_signal(signal.SIGUSR1)
+        running.wait_for("the program ends")
+        assert answer.result(WAIT).smtp is None
+    assert mta.eom().modifications == (AddHeader(b"X-Paused", b"twice"),)
+    with contextlib.suppress(FilterClosed):
+        mta.close()
+    assert running.wait() == 0
+    for complaint in ("Traceback", "never awaited", "destroyed"):
+        assert complaint not in running.output
+
+
 def test_what_a_cancelled_one_raises_judges_no_message(coroutines: Callable[..., Any]) -> None:
     """The message is put off, whatever the policy; what was raised is in the log."""
     running = coroutines("Grumbling", drain_timeout=0, policy="REJECT")

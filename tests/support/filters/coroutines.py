@@ -11,6 +11,7 @@ import ast
 import asyncio
 import contextvars
 import os
+import signal
 import sys
 import threading
 import time
@@ -599,6 +600,17 @@ def run_raw(socket: str) -> None:
     milter.main()
 
 
+def run_in_daemon_thread(socket: str, **options: Any) -> None:
+    """The program ends on SIGUSR1, with the filter still there."""
+    end = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: end.set())
+    threading.Thread(
+        target=Milter.runmilter, args=("coroutines", socket), kwargs=options, daemon=True
+    ).start()
+    end.wait()
+    say("the program ends")
+
+
 if __name__ == "__main__":
     socket, name, *more = sys.argv[1:]
     if name == "raw":
@@ -620,5 +632,8 @@ if __name__ == "__main__":
         import uvloop
 
         options["loop_factory"] = uvloop.new_event_loop
+    if options.pop("daemon", False):
+        run_in_daemon_thread(socket, **options)
+        sys.exit()
     Milter.runmilter("coroutines", socket, **options)
     say("loops left", [t.name for t in threading.enumerate() if "coroutines" in t.name])
