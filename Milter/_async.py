@@ -2,7 +2,7 @@
 
 Imported when the first callback returns an awaitable, by the extension, which calls ``start``, or
 ``wait`` where the engine cannot suspend the callback; ``hung_up`` where the MTA is gone; and at the
-filter's end ``cancel_all`` and ``end``. The loop has a thread of its own, but where
+filter's end ``cancel_all``, ``cancel_rest`` and ``end``. The loop has a thread of its own, but where
 ``Milter.serve`` serves in that of the program.
 """
 
@@ -29,7 +29,7 @@ from ._logging import logger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from typing import Any
 
     from milter import milterContext
@@ -56,7 +56,8 @@ class Runner:
         self.watch: threading.Thread | None = None  # looks whether the loop is blocked
         self.stopping = False  # the deadline of the drain is over
         self.ending = False  # the filter has ended
-        self.ended = threading.Event()
+        self.finishing = False  # nothing more may wait
+        self.ended = threading.Event()  # nothing more is begun
         self.incoming: deque[Callback] = deque()
         self.called = False  # the loop will look at what comes in
         # By identity, as contexts of tests may compare as they like. The loop's thread's alone.
@@ -86,14 +87,18 @@ class Runner:
         """Have the loop begin it. One call wakes the loop for all that has come until it looks."""
         callback.runner = self
         self.incoming.append(callback)
-        if not self.called:
+        if self.ended.is_set():  # at the filter's end; what came before that, abandon() has seen
+            self._leave_off_incoming()
+        elif not self.called:
             self.called = True
             try:
                 self.loop.call_soon_threadsafe(self._begin_all)
             except RuntimeError:
                 self.called = False
-                self.incoming.remove(callback)
-                raise
+                if not self.ended.is_set():
+                    self.incoming.remove(callback)
+                    raise
+                self._leave_off_incoming()
 
     def call(self, function: Callable[..., object], *args: Any) -> bool:
         """Have the loop call it; False where the loop is closed."""
@@ -105,8 +110,14 @@ class Runner:
 
     def abandon(self) -> None:
         """The loop does not run, or is blocked: what waits goes on without it."""
-        for callback in [*self.incoming, *self.waiting.values()]:
+        self._leave_off_incoming()
+        for callback in list(self.waiting.values()):
             callback.answer(_awaited.STOPPED, None, callback.variables.copy())
+
+    def _leave_off_incoming(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self.incoming.popleft().leave_off()
 
     # On the loop's thread.
 
@@ -118,6 +129,8 @@ class Runner:
             except IndexError:
                 break
             callback.begin(self)
+            if self.finishing:  # a close, after an abort that was cancelled
+                callback.cancel(_awaited.STOPPED, _awaited.PATIENCE)
         if self.lead is None:
             self.take_lead()
 
@@ -223,13 +236,22 @@ class Runner:
         for callback in list(self.waiting.values()):
             callback.cancel(_awaited.STOPPED, _awaited.PATIENCE)
 
+    def finish(self) -> None:
+        """Cancel all, and whatever comes after it."""
+        self.finishing = True
+        self.cancel_rest()
+
     async def wait_for_rest(self) -> None:
         """Until nothing waits any more."""
-        self.loop.call_soon(self.cancel_rest)  # not here: first steps are taken in tasks of theirs
+        self.loop.call_soon(self.finish)  # not here: first steps are taken in tasks of theirs
         await asyncio.sleep(0)
-        tasks = [one.task for one in self.waiting.values() if one.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=_awaited.PATIENCE)
+        end = self.loop.time() + _awaited.PATIENCE
+        while True:  # after an abort comes a close
+            tasks = [one.task for one in self.waiting.values() if one.task is not None]
+            seconds = end - self.loop.time()
+            if not tasks or seconds <= 0:
+                break
+            await asyncio.wait(tasks, timeout=seconds)
         for callback in list(self.waiting.values()):
             callback.give_up()
 
@@ -261,12 +283,32 @@ def _run_until_end(runner: Runner) -> None:
         try:
             runner.loop.run_forever()  # returns also where the program has stopped the loop
         except (SystemExit, KeyboardInterrupt) as error:
-            # Raised in a task, it comes through all of asyncio. It ends the filter as in a
-            # callback, and what waits goes on until then.
-            if milter._is_running():
-                milter._stop_with(error)
-            else:  # the stand-in, in tests
-                _log.error("a task raised %s", type(error).__name__, exc_info=error)
+            _end_filter_with(error)
+
+
+def _end_filter_with(error: BaseException) -> None:
+    """A task has raised it, and it has come through all of asyncio.
+
+    It ends the filter as in a callback, and what waits goes on until then.
+    """
+    if milter._is_running():
+        milter._stop_with(error)
+    else:  # the stand-in, in tests
+        _log.error("a task raised %s", type(error).__name__, exc_info=error)
+
+
+def _complete(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, object]) -> None:
+    """Run it to its end, whatever a task that is cancelled meanwhile does to the loop."""
+    task = loop.create_task(coroutine)
+    while not task.done():
+        try:
+            loop.run_until_complete(task)
+        except (SystemExit, KeyboardInterrupt) as error:
+            _end_filter_with(error)
+        except RuntimeError:
+            if task.done():
+                raise
+            # Else a task has stopped the loop.
 
 
 def _serve_loop(runner: Runner) -> None:
@@ -275,21 +317,25 @@ def _serve_loop(runner: Runner) -> None:
     asyncio.set_event_loop(loop)
     try:
         _run_until_end(runner)
-        loop.run_until_complete(runner.wait_for_rest())
+        _complete(loop, runner.wait_for_rest())
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()
         if left:
-            loop.run_until_complete(asyncio.wait(left, timeout=_awaited.PATIENCE))
+            _complete(loop, _wait_for(left))
         for task in left:
             if not task.done():
                 _log.warning("a task goes on though it was cancelled: %s", task)
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
-        loop.run_until_complete(loop.shutdown_asyncgens())
+        _complete(loop, loop.shutdown_asyncgens())
     finally:
         runner.ended.set()
         asyncio.set_event_loop(None)
         loop.close()
+
+
+async def _wait_for(tasks: set[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks, timeout=_awaited.PATIENCE)
 
 
 def _the_runner() -> Runner:
@@ -408,12 +454,21 @@ def _settle(done: asyncio.Future[None]) -> None:
 
 async def unbind() -> None:
     """The filter in the program's loop has ended: its tasks end too."""
-    global _runner
-    with _lock:
-        runner, _runner = _runner, None
+    runner = _runner
     if runner is not None:
         runner.ended.set()
-        await runner.wait_for_rest()
+        try:
+            await runner.wait_for_rest()
+        finally:
+            _take_away(runner)
+
+
+def _take_away(runner: Runner) -> None:
+    """It has ended, and the next callback that waits gets another one."""
+    global _runner
+    with _lock:
+        if _runner is runner:
+            _runner = None
 
 
 # --- what the extension calls --------------------------------------------------------------------
@@ -504,16 +559,19 @@ def cancel_all() -> None:
         runner.call(runner.cancel_waiting)
 
 
+def cancel_rest() -> None:
+    """So is the time for abort and close: cancel them too; the close after an abort may wait."""
+    runner = _runner
+    if runner is not None:
+        runner.call(runner.cancel_rest)
+
+
 def end() -> None:
     """The filter has ended: end the loop, and wait for its thread; in the program's, for its tasks.
 
     Where the loop has no time for that, what waits goes on without it.
     """
-    global _runner
-    with _lock:
-        runner = _runner
-        if runner is not None and runner.thread is not None:
-            _runner = None
+    runner = _runner
     if runner is None:
         return
     if runner.thread is not None:
@@ -522,6 +580,7 @@ def end() -> None:
         if runner.watch is not None and not runner.thread.is_alive():
             runner.watch.join(_SLOW_SECONDS + _LOOK_SECONDS)
         atexit.unregister(_end_at_exit)
+        _take_away(runner)
     else:
         done = threading.Event()
         if runner.call(_end_in_program, runner, done):

@@ -447,6 +447,18 @@ is_deserted(void)
     return monotonic_now() >= last_connection + QUIET_SECONDS;
 }
 
+/* Until each connection is closed.  What waits for something in abort or close is cancelled by and
+ * by while its loop is there, as another close may follow. */
+static void
+wait_for_close(module_state *state)
+{
+    if (!wait_until(state, contexts_are_closed, monotonic_now() + CLOSE_SECONDS) &&
+        callbacks_that_wait() > 0) {
+        tell_coroutines("cancel_rest");
+        wait_until(state, contexts_are_closed, monotonic_now() + HURRY_SECONDS);
+    }
+}
+
 /* Steps 1 to 3 of the comment above. */
 static void
 drain(module_state *state)
@@ -481,7 +493,7 @@ drain(module_state *state)
     engine->end();
     Py_END_ALLOW_THREADS
     if (!atomic_load(&engine_ended)) {
-        wait_until(state, contexts_are_closed, monotonic_now() + CLOSE_SECONDS);
+        wait_for_close(state);
     }
 }
 
@@ -491,7 +503,7 @@ PyObject *
 close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     module_state *state = PyModule_GetState(module);
-    double deadline = monotonic_now() + drain_seconds() + CLOSE_SECONDS + 1;
+    double deadline = monotonic_now() + drain_seconds() + CLOSE_SECONDS + HURRY_SECONDS + 1;
 
     if (is_running()) {
         ask_to_stop();

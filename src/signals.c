@@ -72,7 +72,7 @@ take_action(int number)
 static void
 hold_back(int number)
 {
-    double end = monotonic_now() + drain_seconds() + CLOSE_SECONDS + 1;
+    double end = monotonic_now() + drain_seconds() + CLOSE_SECONDS + HURRY_SECONDS + 1;
     double last_sign = monotonic_now();
     unsigned long seen = atomic_load(&beat);
 

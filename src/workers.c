@@ -223,7 +223,8 @@ stop_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     share_drain_timeout(atomic_load(&process_flags.drain_ms));
     return Py_BuildValue("(Nii)", PyBool_FromLong(stop_is_wanted()),
-                         longest_drain_timeout() + patience(), (int)(CLOSE_SECONDS * 1000));
+                         longest_drain_timeout() + patience(),
+                         (int)((CLOSE_SECONDS + HURRY_SECONDS) * 1000));
 }
 
 /* _unique_id(): a number that no process of this filter has given out before. */

@@ -98,6 +98,20 @@ def test_what_waits_at_the_deadline_is_cancelled(serving: Callable[..., Any]) ->
         mta.close()
 
 
+def test_close_comes_after_an_abort_that_waits_at_the_end(serving: Callable[..., Any]) -> None:
+    running = serving("aborting", drain_timeout=0)
+    mta = running.mta()
+    begin(mta)
+    mta.abort()
+    running.wait_for("abort waits")
+    running.process.send_signal(signal.SIGTERM)
+    end_of(running)
+    assert running.output.index("close ended") < running.output.index("ends, threads")
+    assert "goes on though it was cancelled" not in running.output
+    with contextlib.suppress(FilterClosed):
+        mta.close()
+
+
 def test_stop_ends_it_without_an_exception(serving: Callable[..., Any]) -> None:
     running = serving("stopped")
     with running.mta() as mta:

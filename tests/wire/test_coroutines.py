@@ -543,6 +543,32 @@ def test_tasks_of_the_program_end_with_the_filter(coroutines: Callable[..., Any]
     assert "never awaited" not in running.output and "destroyed" not in running.output
 
 
+def test_sys_exit_as_a_task_is_cancelled_at_the_end(coroutines: Callable[..., Any]) -> None:
+    """It is the program's exit status; the others end as ever."""
+    running = coroutines("ExitingAtEnd")
+    with running.mta() as mta:
+        envelope(mta)
+    assert running.stop() == 5
+    running.wait_for("background ended")
+    assert "never awaited" not in running.output and "destroyed" not in running.output
+
+
+def test_close_comes_after_an_abort_that_waits_at_the_end(coroutines: Callable[..., Any]) -> None:
+    """In the same loop, and to its end."""
+    running = coroutines("Aborting", drain_timeout=0, make_loop=True)
+    mta = running.mta()
+    envelope(mta)
+    mta.abort()
+    running.wait_for("abort waits")
+    assert running.stop() == 0
+    lines = running.output.split("\n")
+    assert lines.index("close ended") < lines.index("loops left []")
+    assert running.output.count("a loop is made") == 1
+    assert "goes on though it was cancelled" not in running.output
+    with contextlib.suppress(FilterClosed):
+        mta.close()
+
+
 # --- the loop ------------------------------------------------------------------------------------
 
 

@@ -501,6 +501,44 @@ class Background(Milter.Base):
             say("background ended")
 
 
+class ExitingAtEnd(Background):
+    """A task of it exits as it is cancelled at the filter's end, while others end."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        Background.tasks.add(asyncio.create_task(self.exit()))
+        return await super().envfrom(sender, *params)
+
+    async def exit(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            sys.exit(5)
+
+    async def run(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            say("background ended")
+
+
+class Aborting(Milter.Base):
+    """Its abort does not end before it is cancelled; then its close takes a while."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return Milter.CONTINUE
+
+    async def abort(self) -> int:
+        say("abort waits")
+        await asyncio.Event().wait()
+        return Milter.CONTINUE
+
+    async def close(self) -> int:
+        await asyncio.sleep(0.1)
+        say("close ended")
+        return Milter.CONTINUE
+
+
 class Blocking(Milter.Base):
     """Blocks the loop."""
 

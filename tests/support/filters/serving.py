@@ -47,6 +47,30 @@ class Filter(Milter.Base):
         return Milter.ACCEPT
 
 
+class Aborting(Milter.Base):
+    """Its abort does not end before it is cancelled; then its close takes a while."""
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return Milter.CONTINUE
+
+    async def abort(self) -> int:
+        say("abort waits")
+        await asyncio.Event().wait()
+        return Milter.CONTINUE
+
+    async def close(self) -> int:
+        await asyncio.sleep(0.1)
+        say("close ended")
+        return Milter.CONTINUE
+
+
+async def aborting(socket: str, **options: Any) -> None:
+    Milter.factory = Aborting
+    task = asyncio.ensure_future(Milter.serve("serving", socket, **options))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await asyncio.wait([task])
+
+
 async def beside(socket: str, **options: Any) -> None:
     """Another job goes on; SIGTERM, which is the program's own, cancels."""
     Filter.go_on = asyncio.Event()
