@@ -370,6 +370,7 @@ def bind() -> Runner:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         raise milter.error("serve: it must be awaited in a running event loop of asyncio") from None
+    end_leftover()
     with _lock:
         if _runner is not None:
             raise milter.error("serve: a filter runs already; there is one to a process")
@@ -586,6 +587,18 @@ def end() -> None:
         if runner.call(_end_in_program, runner, done):
             done.wait(_END_SECONDS)
     runner.abandon()
+
+
+def end_leftover() -> None:
+    """A filter begins: end the loop that was there for the stand-in, whose it is not."""
+    runner = _runner
+    if (
+        runner is not None
+        and runner.thread is not None
+        and runner.ident != threading.get_ident()
+        and not milter._is_running()
+    ):
+        end()
 
 
 def _end_at_exit() -> None:

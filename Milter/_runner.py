@@ -6,6 +6,7 @@ the package when it is called.
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import milter
@@ -263,6 +264,7 @@ def runmilter(
     """
     from . import _socket_setup
 
+    _end_leftover_loop()
     count = 1
     if type(workers) is not int or workers != 1 or worker_init is not None or pin_workers:
         from . import _workers  # what it takes is no burden for a filter of one process
@@ -286,6 +288,13 @@ def runmilter(
             _socket_setup.shut()
             raise
     milter.main()
+
+
+def _end_leftover_loop() -> None:
+    """That of the stand-in, where a test used it: it may be of another kind, and has a thread."""
+    coroutines = sys.modules.get(f"{__package__}._async")
+    if coroutines is not None:
+        coroutines.end_leftover()
 
 
 def _set_up(

@@ -121,6 +121,16 @@ def test_stop_ends_it_without_an_exception(serving: Callable[..., Any]) -> None:
     end_of(running)
 
 
+def test_after_a_test_with_the_stand_in(serving: Callable[..., Any]) -> None:
+    """Its loop is not taken for a filter that runs."""
+    running = serving("after_stand_in")
+    with running.mta() as mta:
+        begin(mta)
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for("serve returned None")
+    end_of(running)
+
+
 def test_signals_are_left_to_the_program(serving: Callable[..., Any]) -> None:
     """SIGTERM, of which the program takes no notice, ends it as it ends any other."""
     running = serving("plain")

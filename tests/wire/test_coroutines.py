@@ -582,6 +582,19 @@ def test_the_loop_is_made_by_the_factory_when_it_is_needed(coroutines: Callable[
     assert running.output.count("a loop is made") == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_loop_of_the_stand_in_is_no_filter_s(
+    coroutines: Callable[..., Any], workers: int
+) -> None:
+    """It has ended before the filter begins, which has one that is made as it says."""
+    running = coroutines("EachStep", stand_in=True, make_loop=True, workers=workers)
+    with running.mta() as mta:
+        assert "a loop is made" not in running.output
+        message(mta)
+    running.wait_for("a loop is made in ")
+    assert running.stop() == 0
+
+
 def test_each_worker_has_a_loop(coroutines: Callable[..., Any]) -> None:
     running = coroutines("EachStep", make_loop=True, workers=2)
 

@@ -22,6 +22,7 @@ import milter
 
 import Milter
 from Milter import _async, _awaited
+from Milter.testctx import TestCtx
 
 
 def say(*words: object) -> None:
@@ -638,6 +639,13 @@ def run_raw(socket: str) -> None:
     milter.main()
 
 
+def use_stand_in() -> None:
+    """A session without a filter, as tests have it."""
+    ctx = TestCtx()
+    ctx._connect("client.example")
+    ctx._close()
+
+
 def run_in_daemon_thread(socket: str, **options: Any) -> None:
     """The program ends on SIGUSR1, with the filter still there."""
     end = threading.Event()
@@ -670,6 +678,8 @@ if __name__ == "__main__":
         import uvloop
 
         options["loop_factory"] = uvloop.new_event_loop
+    if options.pop("stand_in", False):
+        use_stand_in()
     if options.pop("daemon", False):
         run_in_daemon_thread(socket, **options)
         sys.exit()

@@ -17,6 +17,7 @@ from typing import Any
 import milter
 
 import Milter
+from Milter.testctx import TestCtx
 
 
 def say(*words: object) -> None:
@@ -95,6 +96,14 @@ async def stopped(socket: str, **options: Any) -> None:
     Filter.go_on = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, Milter.stop)
     say("serve returned", await Milter.serve("serving", socket, **options))
+
+
+async def after_stand_in(socket: str, **options: Any) -> None:
+    """A test has used the stand-in for a connection before."""
+    ctx = TestCtx()
+    ctx._connect("client.example")
+    ctx._close()
+    await stopped(socket)
 
 
 async def plain(socket: str, **options: Any) -> None:
