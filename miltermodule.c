@@ -576,6 +576,7 @@ static PyMethodDef milter_functions[] = {
     {"_accepts", accepts_connections, METH_NOARGS, NULL},
     {"_is_running", tell_if_running, METH_NOARGS, NULL},
     {"_leave_signals", leave_signals, METH_O, NULL},
+    {"_forget_stop", forget_stop, METH_NOARGS, NULL},
     {"_stop_with", stop_with, METH_O, NULL},
     {"_when_serving", when_serving, METH_O, NULL},
     {"_keep_variables", keep_variables, METH_O, NULL},

@@ -415,8 +415,16 @@ def _drain(reader: socket.socket) -> None:
         reader.recv(4096)
 
 
-async def run_beside(runner: Runner, main: Callable[[], object]) -> None:
-    """Call what serves on a thread of its own, and wait for it; stop it when that is cancelled."""
+async def run_beside(
+    runner: Runner, main: Callable[[], object], shut: Callable[[], object]
+) -> None:
+    """Call what serves on a thread of its own, and wait for it; stop it when that is cancelled.
+
+    Args:
+        runner: of the loop that runs.
+        main: serves until ``milter.stop()``.
+        shut: called instead where there is no thread to be had.
+    """
     done = runner.loop.create_future()
     failure: list[BaseException] = []
     cancelled: asyncio.CancelledError | None = None
@@ -431,7 +439,11 @@ async def run_beside(runner: Runner, main: Callable[[], object]) -> None:
     thread = threading.Thread(target=run, name="milter-serve", daemon=True)
     milter._leave_signals(True)
     try:
-        thread.start()
+        try:
+            thread.start()
+        except Exception:  # RuntimeError, as the system has no more of them
+            shut()
+            raise
         with _woken_by_signals(runner.loop):
             while not done.done():
                 try:
@@ -440,6 +452,8 @@ async def run_beside(runner: Runner, main: Callable[[], object]) -> None:
                     cancelled = error
                     milter.stop()
         thread.join()
+        if cancelled is not None:
+            milter._forget_stop()  # main() may have ended before it came
     finally:
         milter._leave_signals(False)
     if failure:

@@ -360,6 +360,6 @@ async def serve(
         _set_up(name, socketname, timeout, drain_timeout, engine)
         access = _socket_setup.Access(socketname, socket_mode, socket_group, user, group)
         access.open(rmsock)
-        await _async.run_beside(runner, milter.main)
+        await _async.run_beside(runner, milter.main, _socket_setup.shut)
     finally:
         await _async.unbind()

@@ -76,6 +76,16 @@ leave_signals(PyObject *Py_UNUSED(module), PyObject *value)
     Py_RETURN_NONE;
 }
 
+/* _forget_stop(): it was meant for the filter that has ended, and shall not stop the next one. */
+PyObject *
+forget_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    if (phase == SETTING_UP || phase == SOCKET_OPEN) {
+        atomic_store(&process_flags.stop_wanted, false);
+    }
+    Py_RETURN_NONE;
+}
+
 /* _stop_with(exception): stop the filter as if a callback had raised it. */
 PyObject *
 stop_with(PyObject *module, PyObject *exception)

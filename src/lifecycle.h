@@ -29,7 +29,7 @@ void set_drain_timeout(int wanted);
 void activate(module_state *state);
 
 /* milter._share_socket, milter._listening_socket, milter._accepts, milter._hand_over,
- * milter._is_running, milter._leave_signals, milter._stop_with,
+ * milter._is_running, milter._leave_signals, milter._forget_stop, milter._stop_with,
  * milter._when_serving, milter._close_gate, milter._after_fork_in_child */
 PyObject *duplicate_listener(PyObject *module, PyObject *ignored);
 PyObject *accepts_connections(PyObject *module, PyObject *ignored);
@@ -37,6 +37,7 @@ PyObject *hand_over_socket(PyObject *module, PyObject *value);
 PyObject *share_open_socket(PyObject *module, PyObject *value);
 PyObject *tell_if_running(PyObject *module, PyObject *ignored);
 PyObject *leave_signals(PyObject *module, PyObject *value);
+PyObject *forget_stop(PyObject *module, PyObject *ignored);
 PyObject *stop_with(PyObject *module, PyObject *exception);
 PyObject *when_serving(PyObject *module, PyObject *call);
 PyObject *close_gate(PyObject *module, PyObject *ignored);

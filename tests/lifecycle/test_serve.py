@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from support.engine import engine
 from support.process import WAIT
 
 from Milter.mta import MTA, AddHeader, FilterClosed, SmtpReply
@@ -55,6 +56,17 @@ def end_of(running: Any) -> None:
     assert running.wait() == 0
     for complaint in ("never awaited", "destroyed", "Traceback", "is pending"):
         assert complaint not in running.output
+
+
+def serves_and_ends(running: Any) -> None:
+    """A filter that Milter.stop() ends."""
+    with running.mta() as mta:
+        begin(mta)
+        mta.rcpt("<c@d>")
+        assert mta.eom().modifications == STAMP
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for("serve returned None")
+    end_of(running)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -192,13 +204,25 @@ def test_where_it_is_refused(serving: Callable[..., Any], program: str, refusal:
 def test_what_is_wrong_with_an_argument_is_raised(serving: Callable[..., Any]) -> None:
     running = serving("wrong")
     running.wait_for("refused: ", 2)
-    with running.mta() as mta:
-        begin(mta)
-        mta.rcpt("<c@d>")
-        assert mta.eom().modifications == STAMP
-    running.process.send_signal(signal.SIGTERM)
-    running.wait_for("serve returned None")
-    end_of(running)
+    serves_and_ends(running)
+
+
+def test_no_thread_to_serve_on(serving: Callable[..., Any]) -> None:
+    """Its socket is closed again, and the next one serves where the engine can."""
+    running = serving("without_thread")
+    running.wait_for("refused: no thread socket left: False")
+    if engine() == "native":
+        serves_and_ends(running)
+    else:
+        running.wait_for("cannot serve again")
+        end_of(running)
+
+
+@pytest.mark.engine("native")
+def test_a_late_cancel_does_not_stop_the_next_one(serving: Callable[..., Any]) -> None:
+    running = serving("cancelled_late")
+    running.wait_for("the first one was cancelled True")
+    serves_and_ends(running)
 
 
 @pytest.mark.engine("native")

@@ -172,6 +172,39 @@ async def again(socket: str, **options: Any) -> None:
         say("ended", task.cancelled())
 
 
+async def cancelled_late(socket: str, **options: Any) -> None:
+    """What serves has ended, and the loop did not come to see it before it is cancelled."""
+    first = asyncio.ensure_future(Milter.serve("serving", socket))
+    while not milter._is_running():
+        await asyncio.sleep(0.01)
+    Milter.stop()
+    (thread,) = [each for each in threading.enumerate() if each.name == "milter-serve"]
+    thread.join()
+    first.cancel()
+    await asyncio.wait([first])
+    say("the first one was cancelled", first.cancelled())
+    await stopped(socket)
+
+
+async def without_thread(socket: str, **options: Any) -> None:
+    """The system has no thread to give when the first one begins."""
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        threading.Thread.start = start  # type: ignore[method-assign]
+        raise RuntimeError("no thread")
+
+    threading.Thread.start = fail  # type: ignore[method-assign]
+    try:
+        await Milter.serve("serving", socket)
+    except RuntimeError as error:
+        say("refused:", error, "socket left:", os.path.exists(socket[len("unix:") :]))
+    try:
+        await stopped(socket)
+    except milter.error:
+        say("cannot serve again")  # so it is with libmilter
+
+
 if __name__ == "__main__":
     socket, program, *more = sys.argv[1:]
     Milter.factory = Filter
