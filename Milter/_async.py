@@ -2,8 +2,8 @@
 
 Imported when the first callback returns an awaitable, by the extension, which calls ``start``, or
 ``wait`` where the engine cannot suspend the callback; ``hung_up`` where the MTA is gone; and at the
-filter's end ``cancel_all``, ``cancel_rest`` and ``end``. The loop has a thread of its own, but where
-``Milter.serve`` serves in that of the program.
+filter's end ``cancel_all``, ``cancel_rest`` and ``end``. The loop has a thread of its own, but
+where ``Milter.serve`` serves in that of the program.
 """
 
 from __future__ import annotations

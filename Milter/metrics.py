@@ -71,7 +71,9 @@ class Stage:
     Attributes:
         verdicts: how often the MTA was given which verdict, by name (``"CONTINUE"``, ...).
             Those that the extension itself gives, for an exception or while the filter
-            stops, are among them. Empty for ``abort`` and ``close``, which have none.
+            stops, are among them; ``"NOREPLY"`` is none that was sent, be it as the MTA
+            does not wait for one or has hung up meanwhile. Empty for ``abort`` and
+            ``close``, which have none.
         exceptions: how many callbacks ended with an exception, or with no verdict.
         seconds: the time spent in all of them, from getting the interpreter's lock on.
         buckets: how many took less than the bound of that place in ``BOUNDS``, and not less

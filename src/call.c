@@ -296,12 +296,14 @@ tell_of(Call *call, sfsistat verdict)
 {
     uint64_t elapsed = count_clock() - call->entered;
 
+    if (call->cut_off) {
+        verdict = SMFIS_NOREPLY; /* nobody was there to get it */
+    }
     if (is_counting()) {
         count_callback(call->step.stage, verdict, elapsed);
     }
     if (is_observed()) {
-        observe_callback(call->step.context, call->step.stage, call->observed,
-                         call->cut_off ? SMFIS_NOREPLY : verdict, elapsed);
+        observe_callback(call->step.context, call->step.stage, call->observed, verdict, elapsed);
     }
     Py_CLEAR(call->observed);
 }

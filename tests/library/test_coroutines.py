@@ -6,8 +6,11 @@ import asyncio
 import contextvars
 import inspect
 import io
+import os
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from support.process import WAIT, python_command
 
 import Milter
 from Milter import test as milter_test
-from Milter.mta import Verdict
+from Milter.mta import FilterClosed, Verdict
 from Milter.testctx import TestCtx
 
 CLIENT: contextvars.ContextVar[str] = contextvars.ContextVar("CLIENT", default="nobody")
@@ -188,6 +191,40 @@ def test_the_time_of_a_callback_is_that_of_waiting_too(
     _, calls, rejects, seconds = running.wait_for("told").split()
     assert (calls, rejects) == ("1", "1")
     assert 0.19 < float(seconds) < WAIT
+
+
+@pytest.mark.engine("native")
+def test_no_verdict_is_counted_where_the_mta_has_hung_up(run_filter: Callable[..., Any]) -> None:
+    running = run_filter(
+        source=(
+            "import asyncio, sys, Milter\n"
+            "from Milter import metrics\n"
+            "class Waiting(Milter.Base):\n"
+            "    async def envrcpt(self, *args):\n"
+            "        print('waits', flush=True)\n"
+            "        await asyncio.Event().wait()\n"
+            "    async def close(self):\n"
+            "        stage = metrics.snapshot().stages['envrcpt']\n"
+            "        print('told', stage.calls, *stage.verdicts.items(), flush=True)\n"
+            "        return Milter.CONTINUE\n"
+            "metrics.enable()\n"
+            "Milter.factory = Waiting\n"
+            "Milter.runmilter('waiting', sys.argv[1])\n"
+        )
+    )
+    mta = running.mta()
+    mta.connect_info("c")
+    mta.helo("h")
+    mta.mail("<a@b>")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(mta.rcpt, "<c@d>")
+        running.wait_for("waits")
+        with socket.socket(fileno=os.dup(mta.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
+        assert running.wait_for("told") == "told 1 ('NOREPLY', 1)"
+        with pytest.raises(FilterClosed):
+            answer.result(WAIT)
+    mta.close()
 
 
 def test_serve_takes_the_keywords_of_runmilter() -> None:
