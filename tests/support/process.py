@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from Milter.mta import MTA, MTAError
+from Milter.mta import MTA, FilterUnreachable
 
 FILTERS = Path(__file__).with_name("filters")
 # Seconds: the bound of every wait, far above what a loaded machine needs; more of them where
@@ -92,16 +92,27 @@ class Filter:
     def _alive(self) -> bool:
         return self.process.poll() is None
 
-    def mta(self, **options: Any) -> MTA:
-        """A connection to the filter, which may still be starting."""
-        options.setdefault("wait_for", WAIT)
+    def mta(self, wait_for: float = WAIT, **options: Any) -> MTA:
+        """A connection to the filter, which may still be starting.
+
+        Where it cannot be reached, the error has what it wrote; it is not waited for once it died.
+        """
         options.setdefault("timeout", WAIT)
-        try:
-            return MTA.connect(self.socket, **options)
-        except MTAError as exc:
-            if hasattr(exc, "add_note"):  # Python 3.11
-                exc.add_note(f"The filter wrote:\n{self.all_output}")
-            raise
+        began = time.monotonic()
+        deadline = began + wait_for
+        while True:
+            ended = not self._alive()
+            left = 0.0 if ended else max(0.0, deadline - time.monotonic())
+            try:
+                return MTA.connect(self.socket, wait_for=min(left, 0.5), **options)
+            except FilterUnreachable as error:
+                if left > 0.5:
+                    continue
+                state = f"has ended with {self.process.poll()}" if ended else "runs"
+                raise FilterUnreachable(
+                    f"{error}; after {time.monotonic() - began:.1f} s the filter {state}, and has "
+                    f"written:\n{self.output}"
+                ) from error
 
     def wait(self, timeout: float = WAIT) -> int:
         """Wait until the process has ended; returns its exit status."""

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import milter
@@ -22,6 +23,14 @@ from Milter.testctx import TestCtx
 
 def say(*words: object) -> None:
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def on_signal(number: int, call: Callable[..., object], *args: object) -> None:
+    """Have the program's loop call it."""
+    with warnings.catch_warnings():
+        # uvloop up to 0.21 asks asyncio whether it is a coroutine function, of which 3.14 warns.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        asyncio.get_running_loop().add_signal_handler(number, call, *args)
 
 
 class Filter(Milter.Base):
@@ -68,18 +77,17 @@ class Aborting(Milter.Base):
 async def aborting(socket: str, **options: Any) -> None:
     Milter.factory = Aborting
     task = asyncio.ensure_future(Milter.serve("serving", socket, **options))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    on_signal(signal.SIGTERM, task.cancel)
     await asyncio.wait([task])
 
 
 async def beside(socket: str, **options: Any) -> None:
     """Another job goes on; SIGTERM, which is the program's own, cancels."""
     Filter.go_on = asyncio.Event()
-    loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(Milter.serve("serving", socket, **options))
-    loop.add_signal_handler(signal.SIGUSR1, say, "signal")
-    loop.add_signal_handler(signal.SIGUSR2, Filter.go_on.set)
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    on_signal(signal.SIGUSR1, say, "signal")
+    on_signal(signal.SIGUSR2, Filter.go_on.set)
+    on_signal(signal.SIGTERM, task.cancel)
     ticks = 0
     while not task.done():
         await asyncio.wait([task], timeout=0.01)
@@ -94,7 +102,7 @@ async def beside(socket: str, **options: Any) -> None:
 async def stopped(socket: str, **options: Any) -> None:
     """Milter.stop() ends it without an exception."""
     Filter.go_on = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, Milter.stop)
+    on_signal(signal.SIGTERM, Milter.stop)
     say("serve returned", await Milter.serve("serving", socket, **options))
 
 
@@ -116,7 +124,7 @@ async def cut_off(socket: str, **options: Any) -> None:
     """The program's main coroutine ends while serve goes on: asyncio.run() cancels all."""
     Filter.go_on = asyncio.Event()
     end = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end.set)
+    on_signal(signal.SIGTERM, end.set)
     task = asyncio.ensure_future(Milter.serve("serving", socket, **options))
     await end.wait()
     say("serve goes on", not task.done())
@@ -217,8 +225,6 @@ if __name__ == "__main__":
     elif options.pop("uvloop", False):
         import uvloop
 
-        # uvloop 0.22 asks it of each signal handler; Python 3.14 would have it ask elsewhere.
-        warnings.filterwarnings("ignore", "'asyncio.iscoroutinefunction'", DeprecationWarning)
         uvloop.run(globals()[program](socket, **options))
     else:
         asyncio.run(globals()[program](socket, **options))
