@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ._async import Runner
 
     Ended = Callable[[int, Any, "contextvars.Context | None"], object]
+    Taken = tuple[Any, bool]  # what a step waits for, and whether it is a future that is awaited
     _Coroutine = Coroutine[Any, Any, None]
 else:
     _Coroutine = Coroutine
@@ -78,7 +79,7 @@ class Callback:
         self.is_last = is_last
         self.ended = ended
         self.answered = False
-        self.waits_for: Any = _NOTHING  # what its first step waits for, until its task does
+        self.waits_for: Taken | None = None  # what its first step waits for, until its task does
         self.outcome: int | None = None
         self.value: Any = None
         self.why: int | None = None
@@ -112,7 +113,7 @@ class Callback:
         runner: Runner,
         driver: Driver,
         coroutine: Coroutine[Any, Any, Any],
-        waits_for: object,
+        waits_for: Taken,
     ) -> None:
         """Have the task go on that was the current one in the first step."""
         self.runner = runner
@@ -136,19 +137,20 @@ class Callback:
     # Steps of the task.
 
     def send(self, value: object) -> object:
-        waits_for, self.waits_for = self.waits_for, _NOTHING
-        if waits_for is not _NOTHING:
-            return waits_for
+        taken, self.waits_for = self.waits_for, None
+        if taken is not None:
+            return _give_back(taken)
         return self.advance(self.coroutine.send, value)
 
     def throw(self, error: BaseException) -> object:
-        waits_for, self.waits_for = self.waits_for, _NOTHING
-        if waits_for is not _NOTHING:  # as a task does that is cancelled while it is in a step
+        taken, self.waits_for = self.waits_for, None
+        if taken is not None:  # as a task does that is cancelled while it is in a step
             cancelling = getattr(self.task, "cancelling", None) if _UNCANCELS else None
             if cancelling is not None and not cancelling():
-                return waits_for
-            if waits_for is not None and waits_for.cancel(*error.args[:1]):
-                return waits_for
+                return _give_back(taken)
+            cancel = getattr(taken[0], "cancel", None)
+            if cancel is not None and cancel(*error.args[:1]):
+                return _give_back(taken)
         return self.advance(self.coroutine.throw, error)
 
     def advance(self, step: Callable[[Any], object], value: object) -> object:
@@ -250,7 +252,24 @@ class Callback:
             self.answer(STOPPED if self.why is None else self.why, None, self.variables.copy())
 
 
-_NOTHING = object()
+def _take(waits_for: Any) -> Taken:
+    """Take what a first step waits for, as the task will, which does so an iteration later.
+
+    A future that is awaited says so until it was taken. Were that left for the task to see, another
+    one that awaits the same future meanwhile would take the word away with it.
+    """
+    is_awaited = getattr(waits_for, "_asyncio_future_blocking", None) is True
+    if is_awaited:
+        waits_for._asyncio_future_blocking = False
+    return waits_for, is_awaited
+
+
+def _give_back(taken: Taken) -> Any:
+    """For the task, which takes it at once."""
+    waits_for, is_awaited = taken
+    if is_awaited:
+        waits_for._asyncio_future_blocking = True
+    return waits_for
 
 
 def unexpected(_outcome: int, _value: Any, _variables: contextvars.Context | None) -> None:
@@ -299,13 +318,13 @@ class Driver(_Coroutine):
 
     def first_step(
         self, coroutine: Coroutine[Any, Any, Any], variables: contextvars.Context
-    ) -> object:
+    ) -> Taken:
         """Take it; what it waits for. StopIteration, or what it raises, ends the callback."""
         _enter_task(self._loop, self.task)
         try:
             waits_for = variables.run(coroutine.send, None)
             self._runner.check_that_it_goes_on()
-            return waits_for
+            return _take(waits_for)
         finally:
             try:
                 _leave_task(self._loop, self.task)

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, Callable
 
 import pytest
@@ -248,6 +249,35 @@ def test_those_that_wait_do_not_hold_up_the_others(
         threads = int(line.split()[-1])
         # A few come and go as the machine is loaded; benchmarks/coroutine_cost.py counts them.
         assert threads < 20 if engine() == "native" else threads >= 40
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_is_awaited_may_be_awaited_by_others(
+    coroutines: Callable[..., Any], loop: str
+) -> None:
+    """Each gets what came of it, the callback and the others."""
+    running = coroutines("Sharing", **({"uvloop": True} if loop else {}))
+    with running.mta() as mta:
+        envelope(mta)
+        for kind in ("future", "task", "done", "event", "queue", "condition", "lock"):
+            mta.rcpt("<nothing@d>")  # the task of one that does not wait is the next one's
+            assert mta.rcpt(f"<{kind}@d>").smtp is None, kind
+    assert running.stop() == 0
+    for complaint in ("Error", "never", "destroyed"):
+        assert complaint not in running.output
+
+
+def test_connections_may_share_what_is_looked_up(coroutines: Callable[..., Any]) -> None:
+    running = coroutines("Sharing")
+    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        mtas = [stack.enter_context(running.mta()) for _ in range(8)]
+        for mta in mtas:
+            envelope(mta)
+        for _ in range(20):
+            replies = pool.map(lambda mta: mta.rcpt("<lookup@d>").verdict, mtas)
+            assert set(replies) == {Verdict.REJECT}
+    assert running.stop() == 0
+    assert "Error" not in running.output
 
 
 # --- the decorators ------------------------------------------------------------------------------

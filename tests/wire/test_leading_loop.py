@@ -160,6 +160,7 @@ def test_what_may_happen_in_a_first_step(leading: Callable[..., Any], loop: str)
         if sys.version_info >= (3, 13):
             time.sleep(0.1)  # until its task has begun, which was made for <x@b>
             assert mta.mail("<takes-back@b>").verdict == Verdict.CONTINUE
+        assert mta.mail("<shares@b>").verdict == Verdict.CONTINUE
         assert mta.mail("<cancels-future@b>").smtp == SOFT
         assert mta.mail("<raises@b>").smtp == SOFT
         assert mta.mail("<limit@b>").smtp == SmtpReply(450, "4.7.0", ("it took too long",))

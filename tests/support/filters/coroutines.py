@@ -185,6 +185,75 @@ class Meeting(Milter.Base):
         return Milter.CONTINUE
 
 
+class Sharing(Milter.Base):
+    """Awaits first of all what others await too: three tasks, or the recipients of all connections.
+
+    What it is the recipient's name says.
+    """
+
+    here = 0
+    lookup: ClassVar[asyncio.Future[int] | None] = None
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        kind = to.strip("<>").partition("@")[0]
+        loop = asyncio.get_running_loop()
+        if kind == "nothing":
+            return Milter.CONTINUE
+        if kind == "lookup":
+            return await self.look_up()
+        event = asyncio.Event()
+        lock, queue, future = asyncio.Lock(), asyncio.Queue[int](), loop.create_future()
+        condition = asyncio.Condition(lock)
+        task = asyncio.ensure_future(self.wait(event))
+        if kind == "done":
+            future.set_result(None)
+
+        async def wait() -> None:
+            if kind in ("future", "done"):
+                await future
+            elif kind == "task":
+                await task
+            elif kind == "event":
+                await event.wait()
+            elif kind == "queue":
+                queue.put_nowait(await queue.get() - 1)
+            elif kind == "condition":
+                async with condition:
+                    await condition.wait()
+            else:
+                async with lock:
+                    await asyncio.sleep(0)
+
+        others = [asyncio.ensure_future(wait()) for _ in range(3)]
+        settled = asyncio.ensure_future(self.settle(event, future, queue, condition))
+        await wait()
+        await asyncio.gather(task, settled, *others)
+        return Milter.CONTINUE
+
+    async def settle(self, event: Any, future: Any, queue: Any, condition: Any) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        event.set()
+        queue.put_nowait(4)
+        if not future.done():
+            future.set_result(None)
+        async with condition:
+            condition.notify_all()
+
+    async def wait(self, event: asyncio.Event) -> None:
+        await event.wait()
+
+    def look_up(self) -> asyncio.Future[int]:
+        """The answer for all that ask until it is there, which is when eight do."""
+        Sharing.here += 1
+        if Sharing.here % 8 == 1:
+            Sharing.lookup = asyncio.get_running_loop().create_future()
+        assert Sharing.lookup is not None
+        if Sharing.here % 8 == 0:
+            Sharing.lookup.set_result(Milter.REJECT)
+        return Sharing.lookup
+
+
 class Waiting(Milter.Base):
     """Never ends by itself."""
 

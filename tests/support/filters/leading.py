@@ -130,6 +130,12 @@ class Unusual(Milter.Base):
             future = asyncio.get_running_loop().create_future()
             future.cancel()
             await future
+        elif "shares" in sender:
+            future = asyncio.get_running_loop().create_future()
+            others = [asyncio.ensure_future(self.wait(future)) for _ in range(3)]
+            asyncio.get_running_loop().call_later(0.01, future.set_result, None)
+            await future
+            await asyncio.gather(*others)
         elif "raises" in sender:
             raise KeyError("in a first step")
         elif "limit" in sender:
@@ -144,6 +150,9 @@ class Unusual(Milter.Base):
         elif "forks" in sender:
             self.fork()
         return Milter.CONTINUE
+
+    async def wait(self, future: asyncio.Future[None]) -> None:
+        await future
 
     def fork(self) -> None:
         with warnings.catch_warnings():
