@@ -15,7 +15,7 @@ from ._decorators import (
     nocallback,
     noreply,
 )
-from ._later import is_coroutine
+from ._later import is_coroutine, only_makes_coroutine
 from ._protocol import (
     ALL_STEPS,
     FEATURE_STEPS,
@@ -384,9 +384,8 @@ class Base(milter._Decoder):
             for name in ("negotiate", *_ALL_CALLBACKS)
             if (method := getattr(cls, name, None)) is not getattr(Base, name, None)
         ]
-        coroutines = [method for method in own if is_coroutine(method)]
-        if coroutines:
-            cls._only_coroutines = len(coroutines) == len(own)
+        if any(map(is_coroutine, own)):
+            cls._only_coroutines = all(map(only_makes_coroutine, own))
             milter._keep_variables(cls._only_coroutines)
         elif own:
             milter._dismiss()  # another class may have them

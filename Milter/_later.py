@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 
-from ._advice import code_of
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable, Generator, Iterator
     from typing import Any
 
     LoopFactory = Callable[[], AbstractEventLoop]
 
-_CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, for which inspect would take a megabyte
+# inspect.CO_COROUTINE, for which inspect would take a megabyte, and CO_ITERABLE_COROUTINE: what
+# types.coroutine makes of a generator.
+_CO_COROUTINE, _CO_ITERABLE_COROUTINE = 0x80, 0x100
+
+_DECORATORS = f"{__package__}._decorators"
 
 #: What makes the loop that has a thread of its own; kept here, as most filters need no asyncio.
 loop_factory: LoopFactory | None = None
@@ -47,10 +49,35 @@ def is_awaitable(result: object) -> bool:
     return type(result) is not int and hasattr(result, "__await__")
 
 
+def _layers(method: Any) -> Iterator[Any]:
+    """A method, and what its decorators have wrapped, from the outside to the inside."""
+    for _ in range(100):  # no chain of decorators is longer; a circle is
+        method = getattr(method, "__func__", method)
+        yield method
+        method = getattr(method, "__wrapped__", None)
+        if method is None:
+            break
+
+
+def _returns_coroutine(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(code.co_flags & (_CO_COROUTINE | _CO_ITERABLE_COROUTINE))
+
+
 def is_coroutine(method: Any) -> bool:
-    """Whether a method is ``async def``, also within decorators."""
-    code = code_of(method)
-    return code is not None and bool(code.co_flags & _CO_COROUTINE)
+    """Whether a method is ``async def``, or has to do with one that is, within decorators."""
+    return any(_returns_coroutine(layer) for layer in _layers(method))
+
+
+def only_makes_coroutine(method: Any) -> bool:
+    """Whether calling a method runs nothing of the application's, as the coroutine does it all.
+
+    What another one's decorator does may take its time, such as waiting for the coroutine.
+    """
+    for layer in _layers(method):
+        if getattr(layer, "__globals__", {}).get("__name__") != _DECORATORS:
+            return _returns_coroutine(layer)
+    return False
 
 
 class Later:

@@ -91,7 +91,13 @@ def test_an_mta_that_does_not_read_holds_up_no_loop(leading: Callable[..., Any],
 
 
 @pytest.mark.parametrize(
-    ("name", "plain"), [("Plain", "hello"), ("Negotiating", "negotiate"), ("Assigned", "hello")]
+    ("name", "plain"),
+    [
+        ("Plain", "hello"),
+        ("Adapted", "hello"),
+        ("Negotiating", "negotiate"),
+        ("Assigned", "hello"),
+    ],
 )
 def test_a_plain_callback_may_block_so_the_loop_does_not_run_it(
     leading: Callable[..., Any], name: str, plain: str
@@ -105,6 +111,19 @@ def test_a_plain_callback_may_block_so_the_loop_does_not_run_it(
     lines = running.output.split("\n")
     assert lines.count(f"{plain} on {ENGINE}") == 3
     assert lines.count(f"envrcpt on {LOOP} after client.example") == 3
+
+
+def test_a_coroutine_around_a_plain_method_leads(leading: Callable[..., Any]) -> None:
+    """It blocks nobody; nor does what our own decorators do."""
+    running = leading("Offloading")
+    for _ in range(2):
+        with running.mta() as mta:
+            greet(mta)
+            assert message(mta).verdict == Verdict.ACCEPT
+    assert running.stop() == 0
+    lines = running.output.split("\n")
+    assert lines.count("hello on asyncio") == 2
+    assert lines.count(f"envfrom on {LOOP} after client.example") == 2
 
 
 def test_plain_callbacks_of_another_class(leading: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextvars
+import functools
 import os
 import sys
 import threading
@@ -88,6 +89,49 @@ class Negotiating(Leading):
     def negotiate(self, opts: list[int]) -> int:
         say("negotiate on", where())
         return super().negotiate(opts)
+
+
+def waits_for_it(method: Any) -> Any:
+    """A plain method of a coroutine, as adapters make it."""
+
+    @functools.wraps(method)
+    def wait(*args: Any) -> Any:
+        return asyncio.run(method(*args))
+
+    return wait
+
+
+def in_a_thread(method: Any) -> Any:
+    """A coroutine of a plain method."""
+
+    @functools.wraps(method)
+    async def wait(*args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(None, method, *args)
+
+    return wait
+
+
+class Adapted(Leading):
+    """A coroutine within a plain method, which blocks."""
+
+    @Milter.noreply
+    @waits_for_it
+    async def hello(self, name: str) -> int:
+        say("hello on", where())
+        return Milter.CONTINUE
+
+
+class Offloading(Leading):
+    """A plain method within a coroutine, and one of our decorators around a coroutine."""
+
+    @in_a_thread
+    def hello(self, name: str) -> int:
+        say("hello on", threading.current_thread().name.partition("_")[0])
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        return Milter.CONTINUE
 
 
 class Assigned(Leading):
