@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import contextvars
 import inspect
-from collections.abc import Sequence
+import threading
+from collections.abc import Awaitable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Callable
 
+from .._later import close_awaitable
 from ._decisions import Decision, Raised, as_decision, check_stage
 from ._errors import STAGES
 from ._mail import SPOOL_AT, Mail
@@ -30,7 +36,7 @@ class Function:
     oversize: str = "reject"
     spool_at: int = SPOOL_AT
 
-    @property
+    @cached_property
     def is_async(self) -> bool:
         """Whether it is a coroutine function."""
         call: Any = self.call
@@ -92,39 +98,62 @@ def _taken(value: object, function: Function, stage: str) -> Decision | None:
     """What a function has returned, as a decision that its stage can carry."""
     if value is None:
         return None
-    decision = as_decision(value, function.name)
+    try:
+        decision = as_decision(value, function.name)
+    except TypeError:
+        close_awaitable(value)  # a coroutine that a coroutine has returned
+        raise
     if decision is not None:
         check_stage(decision, stage, function.name)
     return decision
 
 
-def decide(functions: Sequence[Function], mail: Mail, stage: str) -> Decision | None:
+def decide(functions: Sequence[Function], mail: Mail, stage: str) -> Decision | Asked | None:
     """Ask functions, one after the other, until one has a decision.
+
+    Returns:
+        The decision; or what is to be awaited for it, where a function has returned an awaitable.
 
     Raises:
         TypeError: one has returned what is no decision.
         ValueError: one has returned a decision that the stage cannot carry.
     """
-    for function in functions:
+    for number, function in enumerate(functions):
         mail._open(stage)
         try:
             result = function.call(mail)
+            if inspect.isawaitable(result):
+                return Asked(result, functions[number:], mail, stage)
         except Raised as exc:
             result = exc.decision
-        finally:
+        except BaseException:
             mail._shut()
+            raise
+        mail._shut()
         decision = _taken(result, function, stage)
         if decision is not None:
             return decision
     return None
 
 
-async def decide_async(functions: Sequence[Function], mail: Mail, stage: str) -> Decision | None:
-    """What `decide` does, where some of the functions are coroutine functions."""
+async def decide_async(
+    functions: Sequence[Function], mail: Mail, stage: str, *, in_threads: bool = True
+) -> Decision | None:
+    """What `decide` does, where some of the functions are coroutine functions.
+
+    Args:
+        functions: see `decide`, like all others.
+        mail: likewise.
+        stage: likewise.
+        in_threads: whether plain functions, which may take their time, are run beside the loop.
+    """
     for function in functions:
         mail._open(stage)
         try:
-            result = function.call(mail)
+            if in_threads and not function.is_async:
+                result = await _call_in_thread(function, mail)
+            else:
+                result = function.call(mail)
             if inspect.isawaitable(result):
                 result = await result
         except Raised as exc:
@@ -135,3 +164,126 @@ async def decide_async(functions: Sequence[Function], mail: Mail, stage: str) ->
         if decision is not None:
             return decision
     return None
+
+
+class Asked:
+    """An awaitable: the decision of a plain function that has returned one, or of those after it.
+
+    It is no coroutine, as one that is closed before it was begun would not close the other one.
+    """
+
+    __slots__ = ("_functions", "_mail", "_result", "_stage")
+
+    def __init__(
+        self, result: Awaitable[Any], functions: Sequence[Function], mail: Mail, stage: str
+    ) -> None:
+        """Go on where `decide` has to wait.
+
+        Args:
+            result: what the first function has returned.
+            functions: this one and those after it.
+            mail: see `decide`.
+            stage: likewise.
+        """
+        self._result = result
+        self._functions = functions
+        self._mail = mail
+        self._stage = stage
+
+    def __await__(self) -> Generator[Any, None, Decision | None]:
+        """Wait for the decision."""
+        return self.wait().__await__()
+
+    async def wait(self, *, in_threads: bool = True) -> Decision | None:
+        """The same, as `decide_async` does it."""
+        try:
+            result: Any = await self._result
+        except Raised as exc:
+            result = exc.decision
+        finally:
+            self._mail._shut()
+        decision = _taken(result, self._functions[0], self._stage)
+        if decision is not None:
+            return decision
+        rest = self._functions[1:]
+        return await decide_async(rest, self._mail, self._stage, in_threads=in_threads)
+
+    def close(self) -> None:
+        """It will not be awaited."""
+        close_awaitable(self._result)
+        self._mail._shut()
+
+
+# --- plain functions beside a loop ---------------------------------------------------------------
+
+
+async def _call_in_thread(function: Function, mail: Mail) -> Any:
+    """Call a plain function, which may block, in a thread of its own.
+
+    One of an executor would hold up others, once all are busy, and the end of the process. The
+    function has the variables of the connection (``contextvars``). Where this is cancelled,
+    the function goes on to its end, as in a thread of the engine; but it changes nothing any more.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+    variables = contextvars.copy_context()
+    call = _Call(function.call)
+
+    def run() -> None:
+        variables.run(call.run, mail)
+        mail._in_use = False
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(_settle, done)
+
+    mail._in_use = True
+    try:
+        threading.Thread(target=run, name="milter-function", daemon=True).start()
+    except BaseException:
+        mail._in_use = False
+        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError as error:
+            mail._shut()
+            cancelled = error
+    try:
+        if cancelled is not None and (call.error is None or isinstance(call.error, Exception)):
+            close_awaitable(call.result)
+            raise cancelled
+        if call.error is not None:
+            raise call.error
+    finally:  # no circle of an exception and its frame shall be left for the garbage collector
+        cancelled = call.error = None
+    _take_over(variables)
+    return call.result
+
+
+class _Call:
+    """A call of a function, and what became of it."""
+
+    __slots__ = ("_function", "error", "result")
+
+    def __init__(self, function: Callable[[Mail], Any]) -> None:
+        self._function = function
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self, mail: Mail) -> None:
+        try:
+            self.result = self._function(mail)
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            self.error = error
+
+
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+def _take_over(variables: contextvars.Context) -> None:
+    """Have here what was set in a copy of the context."""
+    for variable, value in variables.items():
+        if variable.get(_take_over) is not value:
+            variable.set(value)

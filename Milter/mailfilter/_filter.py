@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Union, cast, overload
 import Milter
 
 from ._addresses import Address, Recipients
-from ._calls import Function, decide, decide_async, make
+from ._calls import Asked, Function, decide, decide_async, make
 from ._decisions import Decision, accept
 from ._edits import Action, _Piece, all_actions
 from ._errors import STAGES
@@ -97,7 +97,10 @@ class Filter:
         try:
             while True:
                 parts, stage = steps.send(decision)
-                decision = decide(parts, result.mail, stage)
+                found = decide(parts, result.mail, stage)
+                if isinstance(found, Asked):
+                    found = asyncio.run(found.wait(in_threads=False))
+                decision = found
         except StopIteration:
             pass
 
@@ -105,7 +108,7 @@ class Filter:
         steps = self._steps(result)
         asked = next(steps, None)
         while asked is not None:
-            decision = await decide_async(asked[0], result.mail, asked[1])
+            decision = await decide_async(asked[0], result.mail, asked[1], in_threads=False)
             try:
                 asked = steps.send(decision)
             except StopIteration:
@@ -283,7 +286,8 @@ def filter(
     """Make a filter of a function, plain or ``async def``, that takes a message.
 
     What it returns, or raises, decides; None means `accept`. It is called from several threads at
-    a time, for messages of different connections.
+    a time, for messages of different connections; ``async def`` in the event loop, which it must
+    not block.
 
     Args:
         function: the function, where the decorator stands without parentheses.

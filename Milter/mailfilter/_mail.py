@@ -192,6 +192,7 @@ class Mail:
     truncated = False
     _at = _ORDER["eom"]
     _has_body = True
+    _in_use = False  # a function has it in a thread beside the event loop
     _sender: Address | None = None
     _came_from: Address | None = None
     _headers: Headers | None = None
@@ -300,6 +301,8 @@ class Mail:
         """Let go of all that takes room."""
         self._gate.why = _OVER
         self.macros = Macros(None)
+        if self._in_use:
+            return  # it reads on, and must not read from another file that has got the descriptor
         self._spool.close()
         self._original.close()
         self._parsed = None

@@ -10,12 +10,13 @@ import milter
 
 from .._base import Base, DisabledAction
 from .._decorators import ENABLED_MARK, MACROS_MARK, STEPS_MARK
+from .._later import Later
 from .._logging import logger
 from .._protocol import MACRO_CALLBACKS, MAX_MACROS, OPTIONAL_CALLBACKS
 from .._testctx.macros import USUAL_STAGES, macro_name
 from . import _progress
 from ._addresses import Address
-from ._calls import Function, decide, decide_async
+from ._calls import Asked, Function, decide, decide_async
 from ._decisions import Decision, reject, tempfail
 from ._edits import Action, _Piece, all_actions, missing_flags
 from ._errors import STAGES
@@ -156,12 +157,20 @@ class Session(Base):
         if "eom" in self.async_stages:
             return self._finish_async(functions, mail)
         _progress.begin(self._ctx)
+        asked = False
         try:
             decision = decide(functions, mail, "eom")
+            asked = isinstance(decision, Asked)
+            if isinstance(decision, Asked):
+                return Later(decision, lambda found: self._end(mail, found), self._be_over)
             return self._end(mail, decision)
         finally:
-            _progress.end(self._ctx)
-            self._forget()
+            if not asked:
+                self._be_over()
+
+    def _be_over(self) -> None:
+        _progress.end(self._ctx)
+        self._forget()
 
     async def _finish_async(self, functions: Sequence[Function], mail: Mail) -> int:
         _progress.begin(self._ctx)
@@ -169,8 +178,7 @@ class Session(Base):
             decision = await decide_async(functions, mail, "eom")
             return self._end(mail, decision)
         finally:
-            _progress.end(self._ctx)
-            self._forget()
+            self._be_over()
 
     def abort(self) -> int:
         """The message ends here: nothing of it is kept."""
@@ -238,7 +246,10 @@ class Session(Base):
             mail = self._new_mail()
         if stage in self.async_stages:
             return self._ask_async(stage, functions, mail)
-        return self._decided(stage, mail, decide(functions, mail, stage))
+        decision = decide(functions, mail, stage)
+        if isinstance(decision, Asked):
+            return Later(decision, lambda found: self._decided(stage, mail, found))
+        return self._decided(stage, mail, decision)
 
     async def _ask_async(self, stage: str, functions: Sequence[Function], mail: Mail) -> int:
         return self._decided(stage, mail, await decide_async(functions, mail, stage))

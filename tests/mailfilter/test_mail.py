@@ -496,9 +496,18 @@ def test_coroutine_functions_are_run_too() -> None:
     def first(m: Mail) -> None:
         m.connection["seen"] = True
 
-    result = mailfilter.chain(first, tag).check(mail())
-    assert (result.decision.kind, result.headers["Subject"]) == ("quarantine", "new")
-    assert result.mail.connection == {"seen": True}
+    def by_plain(m: Mail) -> Any:
+        return tag(m)
+
+    def where(m: Mail) -> None:
+        m.connection["thread"] = threading.current_thread()
+
+    here = threading.current_thread()
+    for chain in ((first, where, tag), (first, where, by_plain), (first, by_plain)):
+        result = mailfilter.chain(*chain).check(mail())
+        assert (result.decision.kind, result.headers["Subject"]) == ("quarantine", "new")
+        assert result.mail.connection.pop("thread", here) is here
+        assert result.mail.connection == {"seen": True}
 
 
 @pytest.mark.parametrize(

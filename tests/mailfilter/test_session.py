@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import milter
@@ -16,7 +20,7 @@ from support.process import WAIT, python_command
 import Milter
 from Milter import mailfilter
 from Milter.mailfilter import Mail
-from Milter.mta import Stage, Step, Verdict
+from Milter.mta import FilterClosed, Stage, Step, Verdict
 from Milter.pytest_plugin import MilterApp
 from Milter.testctx import TestCtx
 
@@ -299,7 +303,7 @@ def test_a_disk_without_room_is_a_failure_for_now(
 # --- over the wire -------------------------------------------------------------------------------
 
 WIRE = """
-import asyncio, os, resource, signal, tempfile, time
+import asyncio, contextvars, os, resource, signal, tempfile, threading, time
 from Milter import mailfilter
 from Milter.mailfilter import _progress
 
@@ -339,6 +343,63 @@ asynchronous = mailfilter.chain(early_async, stamp_async)
 
 def plain(mail):
     mail.headers.add("X-Plain", "yes")
+
+all_here = threading.Barrier(4, timeout=20)
+CLIENT = contextvars.ContextVar("CLIENT", default="nobody")
+
+@mailfilter.filter(at="mail")
+def set_client(mail):
+    CLIENT.set(str(mail.sender))
+
+@mailfilter.filter(at="mail")
+async def see_client(mail):
+    await asyncio.sleep(0)
+    mail.connection["client"] = CLIENT.get()
+
+def meet(mail):
+    all_here.wait()
+    mail.headers.add("X-Order", "plain")
+    mail.headers.add("X-Client", f"{CLIENT.get()} {mail.connection['client']}")
+
+async def after(mail):
+    await asyncio.sleep(0)
+    mail.headers.add("X-Order", "async")
+
+def decide(mail):
+    mail.headers.add("X-Order", "plain again")
+    if mail.sender == "joe@example.com":
+        raise mailfilter.Quarantine("joe")
+
+beside = mailfilter.chain(set_client, see_client, meet, after, decide)
+
+def outlives(mail):
+    print("at work", flush=True)
+    deadline = time.monotonic() + 20
+    try:
+        while "X-Go" not in mail.headers and time.monotonic() < deadline:
+            mail.headers["X-Late"] = "1"
+            time.sleep(0.01)
+    except mailfilter.NotNow as error:
+        print("refused:", error, len(mail.body.read()), flush=True)
+
+outliving = mailfilter.chain(mailfilter.filter(spool_at=10)(outlives), after)
+
+@mailfilter.filter(at="rcpt")
+def early_by_plain(mail):
+    return ask(mail)
+
+async def ask(mail):
+    await asyncio.sleep(0)
+    if mail.recipient == "nobody@b.example":
+        raise mailfilter.Reject("5.1.1 no")
+
+def stamp_by_plain(mail):
+    return after(mail)
+
+by_plain = mailfilter.chain(early_by_plain, plain, stamp_by_plain, decide)
+
+async def nested(mail):
+    return after(mail)
 """
 
 
@@ -399,6 +460,79 @@ def test_coroutine_functions_serve(
             result = mta.send(b"\r\n", recipients=recipients, macros={"i": queue_id})
             assert [str(one.recipient) for one in result.refused] == ["<nobody@b.example>"]
             assert result.message["X-Async"] == queue_id
+
+
+def test_plain_functions_beside_coroutines_hold_up_no_other_message(
+    module: str, tmp_path: Any, milter_app: Callable[..., MilterApp]
+) -> None:
+    """Each waits until four are there; what they change, and set, comes in their order."""
+    app = milter_app(f"{module}:beside", cwd=tmp_path)
+
+    def send(number: int) -> Any:
+        with app.mta() as mta:
+            return mta.send(b"\r\n", sender=f"{number}@b", recipients=["a@b"])
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, result in enumerate(pool.map(send, range(4))):
+            added = [(one.name, one.value.strip()) for one in result.modifications]
+            assert added == [
+                (b"X-Order", b"plain"),
+                (b"X-Client", b"%d@b %d@b" % (number, number)),
+                (b"X-Order", b"async"),
+                (b"X-Order", b"plain again"),
+            ]
+
+
+@pytest.mark.engine("native")
+def test_a_plain_function_whose_message_is_over_changes_nothing(
+    module: str, tmp_path: Any, milter_app: Callable[..., MilterApp]
+) -> None:
+    """It goes on to its end beside a coroutine, and can read meanwhile."""
+    app = milter_app(f"{module}:outliving", cwd=tmp_path)
+    mta = app.mta()
+    with ThreadPoolExecutor(1) as pool:
+        message = b"\r\n" + b"x" * 5000 + b"\r\n"
+        waiting = pool.submit(mta.send, message, recipients=["a@b"])
+        app.wait_for_output("at work")
+        with socket.socket(fileno=os.dup(mta.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(FilterClosed):
+            waiting.result(WAIT)
+    mta.close()
+    refusal = app.wait_for_output("refused: ")
+    assert refusal.endswith(" 5002")
+    assert "function has returned" in refusal
+    with app.mta() as mta:
+        result = mta.send(b"X-Go: on\r\n\r\n", recipients=["a@b"])
+        assert result.message["X-Order"] == "async"
+    assert app.stop() == 0
+    assert "exception" not in app.output
+
+
+def test_a_plain_function_may_return_what_is_to_be_awaited(
+    module: str, tmp_path: Any, milter_app: Callable[..., MilterApp]
+) -> None:
+    app = milter_app(f"{module}:by_plain", cwd=tmp_path)
+    for sender, actions in (("ann@b", 3), ("joe@example.com", 4)):
+        with app.mta() as mta:
+            recipients = ["nobody@b.example", "a@b.example"]
+            result = mta.send(b"\r\n", sender=sender, recipients=recipients)
+            assert [str(one.recipient) for one in result.refused] == ["<nobody@b.example>"]
+            names = [getattr(one, "name", None) for one in result.modifications]
+            assert names == [b"X-Plain", b"X-Order", b"X-Order", None][:actions]
+    assert app.stop() == 0
+    assert "never" not in app.output
+
+
+def test_a_coroutine_function_that_returns_one_is_refused(
+    module: str, tmp_path: Any, milter_app: Callable[..., MilterApp]
+) -> None:
+    app = milter_app(f"{module}:nested", cwd=tmp_path)
+    with app.mta() as mta:
+        assert mta.send(b"\r\n", recipients=["a@b"]).verdict is Verdict.TEMPFAIL
+    app.wait_for_output("TypeError: nested returned <coroutine object after")
+    assert app.stop() == 0
+    assert "never" not in app.output
 
 
 def test_a_chain_and_a_plain_function_are_run_by_name(
