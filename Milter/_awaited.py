@@ -47,6 +47,8 @@ class Callback:
     __slots__ = (
         "answered",
         "awaitable",
+        "cancellation",
+        "cancels",
         "coroutine",
         "ctx",
         "ended",
@@ -80,6 +82,8 @@ class Callback:
         self.ended = ended
         self.answered = False
         self.waits_for: Taken | None = None  # what its first step waits for, until its task does
+        self.cancels = 0  # how many times its task was, when it last took a step
+        self.cancellation: BaseException | None = None  # what it was told of that
         self.outcome: int | None = None
         self.value: Any = None
         self.why: int | None = None
@@ -103,10 +107,9 @@ class Callback:
         self.task = driver.task
         try:
             waits_for = driver.first_step(coroutine, self.variables)
+            self.wait(runner, driver, coroutine, waits_for)
         except BaseException as end:  # noqa: BLE001 - it is judged
             self.end(end)
-        else:
-            self.wait(runner, driver, coroutine, waits_for)
 
     def wait(
         self,
@@ -140,6 +143,7 @@ class Callback:
         taken, self.waits_for = self.waits_for, None
         if taken is not None:
             return _give_back(taken)
+        self.was_cancelled()
         return self.advance(self.coroutine.send, value)
 
     def throw(self, error: BaseException) -> object:
@@ -148,10 +152,25 @@ class Callback:
             cancelling = getattr(self.task, "cancelling", None) if _UNCANCELS else None
             if cancelling is not None and not cancelling():
                 return _give_back(taken)
-            cancel = getattr(taken[0], "cancel", None)
-            if cancel is not None and cancel(*error.args[:1]):
-                return _give_back(taken)
+            try:
+                cancel = getattr(taken[0], "cancel", None)  # it may be anything
+                if cancel is not None and cancel(*error.args[:1]):
+                    return _give_back(taken)
+            except Exception as failure:  # noqa: BLE001 - the coroutine is told of it
+                error = failure
+        if self.was_cancelled():
+            self.cancellation = error
         return self.advance(self.coroutine.throw, error)
+
+    def was_cancelled(self) -> bool:
+        """Whether its task was cancelled since its last step; False where Python does not count.
+
+        A number alone does not say so: up to Python 3.12 some of what TaskGroup has handled is
+        counted on.
+        """
+        cancelling = getattr(self.task, "cancelling", None)
+        before, self.cancels = self.cancels, 0 if cancelling is None else cancelling()
+        return self.cancels > before
 
     def advance(self, step: Callable[[Any], object], value: object) -> object:
         try:
@@ -181,6 +200,8 @@ class Callback:
         if not self.answered:
             self.variables.run(self.coroutine.close)
             error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            if task.cancelled():
+                self.cancellation = error
             self.end(error or RuntimeError("its task has ended without it"))
 
     def judge(self, end: BaseException) -> tuple[int, Any]:
@@ -189,10 +210,16 @@ class Callback:
         if isinstance(end, asyncio.CancelledError):
             if self.why is not None:
                 return self.why, None
-            # By the program, as when asyncio.run() ends; or it awaited what was cancelled.
-            cancelling = getattr(self.task, "cancelling", None)
-            if (cancelling is not None and cancelling() > 0) or self.runner.stopping:
+            if end is self.cancellation and not self.runner.stopping:
+                # By the program, as when asyncio.run() ends.
+                _log.warning(
+                    "the %s callback %s was cancelled by the program",
+                    self.stage,
+                    _place(self.awaitable),
+                )
+            if end is self.cancellation or self.runner.stopping:
                 return STOPPED, None
+            # It awaited what was cancelled, which is its own affair.
         # One that it raises as it is cancelled is reported, but judges no message.
         return (RAISED if self.why is None else self.why), without_our_frames(end)
 
@@ -354,9 +381,12 @@ class Driver(_Coroutine):
 
     def throw(self, *error: Any) -> Any:
         """For the task, where it was cancelled or what it waited for has failed."""
+        raised = next(one for one in reversed(error[:2]) if one is not None)  # type, value, ...
+        if isinstance(raised, type):
+            raised = raised()
         if self._callback is None:
-            raise error[0]
-        return self._callback.throw(error[0])
+            raise raised
+        return self._callback.throw(raised)
 
     def close(self) -> None:
         """For who ends coroutines."""

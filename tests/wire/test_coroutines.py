@@ -208,6 +208,54 @@ def test_what_goes_wrong_is_what_goes_wrong_in_any_callback(
     assert "the envrcpt callback returned None: not an int" in running.output
 
 
+COUNTS = sys.version_info >= (3, 11)  # how many times a task was cancelled
+GROUPS = pytest.mark.skipif(not COUNTS, reason="no TaskGroup before Python 3.11")
+
+
+@pytest.mark.parametrize("whose", ["another", pytest.param("group", marks=GROUPS)])
+@pytest.mark.parametrize("step", ["first", "later"])
+def test_that_something_else_was_cancelled_is_an_exception(
+    coroutines: Callable[..., Any], whose: str, step: str
+) -> None:
+    """Like any other, whatever was cancelled before that: the filter does not stop."""
+    running = coroutines("Cancelled", policy="REJECT")
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt(f"<{whose}.{step}@d>").verdict == Verdict.REJECT
+    assert running.stop() == 0
+    assert running.output.count("exception in the envrcpt callback") == 1
+    assert running.output.count("ExceptionGroup") == (1 if whose == "group" else 0)
+
+
+@pytest.mark.parametrize("name", ["itself", "later.itself", "odd", "later.odd"])
+def test_a_coroutine_that_is_cancelled_by_the_program_is_put_off(
+    coroutines: Callable[..., Any], name: str
+) -> None:
+    """It is answered, whatever it waits for, and the log is told."""
+    running = coroutines("Cancelled")
+    with running.mta() as mta:
+        envelope(mta)
+        reply = mta.rcpt(f"<{name}@d>")
+        assert reply.smtp is not None and reply.smtp.code == 451
+        reply = mta.rcpt(f"<{name}@d>")
+    if COUNTS:
+        running.wait_for("the envrcpt callback Cancelled.envrcpt (", 2)
+        running.wait_for("was cancelled by the program", 2)
+    assert running.stop() == 0
+    assert running.output.count("exception in the envrcpt callback") == (0 if COUNTS else 2)
+
+
+def test_what_cannot_be_cancelled_does_not_keep_the_mta_waiting(
+    coroutines: Callable[..., Any],
+) -> None:
+    running = coroutines("Cancelled")
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<ungrateful@d>").smtp == SOFT
+    running.wait_for("KeyError: 'of what is awaited'")
+    assert running.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("policy", "code", "verdict"),
     [("REJECT", 554, Verdict.REJECT), ("CONTINUE", None, Verdict.CONTINUE)],

@@ -480,6 +480,61 @@ class Itself(Milter.Base):
         return Milter.CONTINUE
 
 
+class Odd:
+    """What no task can wait for."""
+
+    def __await__(self) -> Any:
+        yield 3
+
+
+class Ungrateful(Odd):
+    """Nor can it be cancelled."""
+
+    def __await__(self) -> Any:
+        yield self
+
+    def cancel(self) -> None:
+        raise KeyError("of what is awaited")
+
+
+class Cancelled(Milter.Base):
+    """Something is cancelled; what it is the recipient's name says."""
+
+    async def envrcpt(self, to: str, *params: str) -> int:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        if "later" in to:
+            await asyncio.sleep(0)
+        if "itself" in to:
+            task.cancel()
+            await asyncio.sleep(0)
+        elif "group" in to:
+            await self.fail_in_a_group()
+        if "odd" in to:
+            task.cancel()
+            await Odd()
+        elif "ungrateful" in to:
+            task.cancel()
+            await Ungrateful()
+        other = asyncio.ensure_future(asyncio.Event().wait())
+        loop.call_soon(other.cancel)
+        await other
+        return Milter.CONTINUE
+
+    async def fail_in_a_group(self) -> None:
+        """Leaves asyncio counting the task as cancelled, up to Python 3.12."""
+
+        async def fail() -> None:
+            raise KeyError("of a group")
+
+        try:
+            async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined,unused-ignore]
+                group.create_task(fail())
+                group.create_task(asyncio.Event().wait())
+        except Exception as error:  # noqa: BLE001 - its class is not there before Python 3.11
+            say(type(error).__name__)
+
+
 class Stubborn(Milter.Base):
     """Does not end when it is cancelled, in the step that the client's name says."""
 
