@@ -521,7 +521,8 @@ def wait(
 ) -> Any:
     """Await it while this thread, which is not the loop's, waits without the interpreter lock.
 
-    Returns what it returns, and raises what it raises; CONTINUE where the filter stopped meanwhile.
+    Returns what it returns, and raises what it raises. Where it was cancelled, as the filter stops
+    or by the program: what puts a message off.
     """
     value = wait_in(awaitable, ctx, variables, stage, is_last)[0]
     return value
@@ -557,7 +558,14 @@ def wait_in(
     outcome, value, new = found
     if outcome == _awaited.RAISED:
         raise value
-    return milter.CONTINUE if outcome != _awaited.RETURNED else value, new or variables
+    if outcome != _awaited.RETURNED:
+        value = milter.TEMPFAIL if _is_in_message(stage) else milter.CONTINUE
+    return value, new or variables
+
+
+def _is_in_message(stage: str) -> bool:
+    _, _, in_message = milter._steps()[stage]
+    return in_message
 
 
 def hung_up(ctx: milterContext) -> None:

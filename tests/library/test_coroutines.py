@@ -9,6 +9,7 @@ import io
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +109,34 @@ def test_what_a_coroutine_raises_or_returns_comes_out_of_the_stand_in() -> None:
     assert ctx._envrcpt("<refuse@x>") == milter.REJECT
     assert ctx._reply == ("550", "5.7.1", "no")
     ctx._abort()
+
+
+class Cancelled(Milter.Base):
+    async def cancel(self) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+        return Milter.CONTINUE
+
+    async def hello(self, name: str) -> int:
+        return await self.cancel() if name == "cancel" else Milter.CONTINUE
+
+    async def envfrom(self, sender: str, *params: str) -> int:
+        return await self.cancel()
+
+
+def test_what_was_cancelled_puts_the_message_off_in_the_stand_in() -> None:
+    """As in a filter; where there is no message, the session goes on."""
+    Milter.factory = Cancelled
+    ctx = TestCtx()
+    ctx._connect()
+    if sys.version_info < (3, 11):  # nobody knows whose task it was
+        with pytest.raises(asyncio.CancelledError):
+            ctx._envfrom("<a@x>")
+    else:
+        assert ctx._envfrom("<a@x>") == milter.TEMPFAIL
+        assert ctx._helo("cancel") == milter.CONTINUE
 
 
 def test_negotiation_is_no_coroutine_in_the_stand_in() -> None:
