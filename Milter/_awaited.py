@@ -426,7 +426,8 @@ def _place(awaitable: object) -> str:
     """Which coroutine it is, for the log."""
     while isinstance(awaitable, Later):
         awaitable = awaitable.awaitable
-    code = getattr(awaitable, "cr_code", None) or code_of(awaitable)
+    code = getattr(awaitable, "cr_code", None) or getattr(awaitable, "gi_code", None)
+    code = code or code_of(awaitable)
     if code is None:
         return f"({type(awaitable).__name__})"
     name = getattr(awaitable, "__qualname__", code.co_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import GeneratorType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,12 @@ def close_awaitable(awaitable: object) -> None:
 
 def is_awaitable(result: object) -> bool:
     """Whether a callback's result is no verdict but something to be awaited."""
-    return type(result) is not int and hasattr(result, "__await__")
+    return type(result) is not int and (hasattr(result, "__await__") or _is_generator(result))
+
+
+def _is_generator(result: object) -> bool:
+    """Whether it is one that ``types.coroutine`` lets be awaited."""
+    return type(result) is GeneratorType and bool(result.gi_code.co_flags & _CO_ITERABLE_COROUTINE)
 
 
 def _layers(method: Any) -> Iterator[Any]:
@@ -111,7 +117,10 @@ class Later:
     def __await__(self) -> Generator[Any, None, int]:
         """Await the other one."""
         try:
-            result: int = yield from self.awaitable.__await__()
+            awaitable: Any = self.awaitable
+            if not _is_generator(awaitable):
+                awaitable = awaitable.__await__()
+            result: int = yield from awaitable
             return result if self._check is None else self._check(result)
         finally:
             if self._last is not None:

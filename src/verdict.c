@@ -74,12 +74,29 @@ number_of(PyObject *result)
     return number;
 }
 
+/* Whether it is a generator that types.coroutine lets be awaited. */
+static bool
+is_iterable_coroutine(PyObject *result)
+{
+    PyObject *code = PyGen_CheckExact(result) ? PyObject_GetAttrString(result, "gi_code") : NULL;
+    PyObject *flags = code == NULL ? NULL : PyObject_GetAttrString(code, "co_flags");
+    long number = flags == NULL ? 0 : PyLong_AsLong(flags);
+
+    Py_XDECREF(flags);
+    Py_XDECREF(code);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return false;
+    }
+    return (number & CO_ITERABLE_COROUTINE) != 0;
+}
+
 bool
 is_awaitable(PyObject *result)
 {
     PyAsyncMethods *methods = Py_TYPE(result)->tp_as_async;
 
-    return methods != NULL && methods->am_await != NULL;
+    return (methods != NULL && methods->am_await != NULL) || is_iterable_coroutine(result);
 }
 
 void

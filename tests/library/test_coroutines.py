@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,6 +138,26 @@ def test_what_was_cancelled_puts_the_message_off_in_the_stand_in() -> None:
     else:
         assert ctx._envfrom("<a@x>") == milter.TEMPFAIL
         assert ctx._helo("cancel") == milter.CONTINUE
+
+
+def test_the_stand_in_awaits_generators_that_may_be() -> None:
+    class Generating(Milter.Base):
+        @types.coroutine
+        def envfrom(self, sender: str, *params: str) -> Any:
+            yield
+            return Milter.DISCARD
+
+        @Milter.nocallback
+        @types.coroutine
+        def hello(self, name: str) -> Any:
+            yield
+            return Milter.CONTINUE
+
+    Milter.factory = Generating
+    ctx = TestCtx()
+    ctx._opts = [ctx._opts[0], 0, 0, 0]  # each step is sent
+    ctx._connect()
+    assert ctx._envfrom("<a@x>") == milter.DISCARD
 
 
 def test_negotiation_is_no_coroutine_in_the_stand_in() -> None:

@@ -328,6 +328,20 @@ def test_connections_may_share_what_is_looked_up(coroutines: Callable[..., Any])
     assert "Error" not in running.output
 
 
+def test_generators_that_may_be_awaited_are(coroutines: Callable[..., Any]) -> None:
+    """Others are a mistake."""
+    running = coroutines("Generating")
+    with running.mta() as mta:
+        envelope(mta)
+        assert mta.rcpt("<c@d>").verdict == Verdict.REJECT
+        mta.data()
+        assert mta.header("A", " b").verdict == Verdict.NO_REPLY
+        assert mta.eom().smtp == SOFT
+    running.wait_for("the eom callback returned <generator object Generating.eom at")
+    assert running.stop() == 0
+    assert running.output.count("exception in the ") == 1
+
+
 # --- the decorators ------------------------------------------------------------------------------
 
 

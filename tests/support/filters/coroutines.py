@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import warnings
 from typing import Any, ClassVar
 
@@ -252,6 +253,33 @@ class Sharing(Milter.Base):
         if Sharing.here % 8 == 0:
             Sharing.lookup.set_result(Milter.REJECT)
         return Sharing.lookup
+
+
+@types.coroutine
+def wait_by_generator(result: int) -> Any:
+    """As the libraries do that know more than one kind of loop."""
+    yield
+    return result
+
+
+class Generating(Milter.Base):
+    """What is to be awaited is a generator."""
+
+    def envfrom(self, sender: str, *params: str) -> Any:
+        return wait_by_generator(Milter.CONTINUE)
+
+    @types.coroutine
+    def envrcpt(self, to: str, *params: str) -> Any:
+        yield from asyncio.sleep(0).__await__()
+        return Milter.REJECT
+
+    @Milter.noreply
+    def header(self, name: str, value: str) -> Any:
+        return wait_by_generator(Milter.CONTINUE)
+
+    def eom(self) -> Any:
+        yield
+        return Milter.REJECT
 
 
 class Waiting(Milter.Base):
