@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -141,7 +142,10 @@ class MilterApp:
     @property
     def output(self) -> str:
         """What the filter wrote to standard output and standard error so far."""
+        deadline = time.monotonic() + self._timeout
         with self._news:
+            while not self._ended and self._has_news(0) and time.monotonic() < deadline:
+                self._news.wait(0.01)  # what it wrote before an answer is there before that
             return "".join(self._lines)
 
     def mta(self, **options: Any) -> MTA:
@@ -273,15 +277,28 @@ class MilterApp:
         return wanted
 
     def _read(self) -> None:
+        """Take what it writes; what has left the pipe is in the lines as soon as the lock is."""
         assert self.process.stdout is not None
+        data, rest = b"", b""
         with self.process.stdout as stream:
-            for line in stream:
+            while not self._ended:
+                self._has_news(None)
                 with self._news:
-                    self._lines.append(line.decode(errors="backslashreplace"))
+                    data = os.read(stream.fileno(), 65536)
+                    *lines, rest = (rest + data).split(b"\n")
+                    lines = [line + b"\n" for line in lines] + ([] if data or not rest else [rest])
+                    self._lines += [line.decode(errors="backslashreplace") for line in lines]
+                    self._ended = not data
                     self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
+
+    def _has_news(self, timeout: float | None) -> bool:
+        """Whether something waits in the pipe, or its end."""
+        stdout = self.process.stdout
+        if stdout is None or stdout.closed:
+            return False
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            return bool(selector.select(timeout))
 
     def _wait_until_it_listens(self) -> None:
         from .mta import MTA, FilterUnreachable

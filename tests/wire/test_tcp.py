@@ -103,17 +103,19 @@ for fd in range(3, 100):
         sock.getpeername()
     except OSError:
         continue
-    say(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0)
+    if sock.getsockname()[1] == PORT:  # not the filter's own connections to itself
+        say(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0)
     sock.close()
 """
 
 
 def test_a_host_that_has_vanished_is_noticed_in_the_end(run_filter, free_port):
     """The system asks after a connection on which nothing comes."""
-    running = run_filter("scripted", socket=f"inet:{free_port()}@127.0.0.1")
-    with session(running, helo=LOOK) as each:
+    port = free_port()
+    running = run_filter("scripted", socket=f"inet:{port}@127.0.0.1")
+    with session(running, helo=LOOK.replace("PORT", str(port))) as each:
         each.reach("helo")
-    assert each.said() == [(True,)]
+    assert set(each.said()) == {(True,)}
     assert running.stop() == 0
 
 
