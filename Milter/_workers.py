@@ -362,8 +362,10 @@ class _Supervisor:
         except (milter.error, OSError) as exc:
             if not self._all_were_ready:
                 raise
-            self._failed_to_start(worker, exc)
+            # A thread of a reload ends by itself: no reason to give the filter up.
+            self._failed_to_start(worker, exc, for_good=not isinstance(exc, milter.error))
             return
+        _flush_streams()  # or the worker would write it once more
         try:
             pid = milter._fork_worker(functools.partial(self._work, worker, lifeline))
         except OSError as exc:
@@ -378,8 +380,8 @@ class _Supervisor:
         worker.ready_at, worker.asked_to_stop, worker.was_killed = None, False, False
         worker.pidfd = _pidfd(pid)
 
-    def _failed_to_start(self, worker: _Worker, exc: Exception) -> None:
-        pause = self._count_failure(worker, f"cannot be started: {exc}")
+    def _failed_to_start(self, worker: _Worker, exc: Exception, *, for_good: bool = True) -> None:
+        pause = self._count_failure(worker, f"cannot be started: {exc}", for_good=for_good)
         _log.error(
             "worker %d cannot be started: %s; next attempt in %g s", worker.number + 1, exc, pause
         )
@@ -387,7 +389,7 @@ class _Supervisor:
     def _work(self, worker: _Worker, lifeline: tuple[int, int]) -> int:
         """Be the worker, in the child, and return its exit status."""
         try:
-            signal.set_wakeup_fd(self._wakeup_before)
+            self._return_wakeup_fd()
             self._restore_handlers()
             _close(lifeline[1], self._reports[0], *self._wakeup)
             _close(*(fd for each in self._workers for fd in (each.lifeline, each.pidfd) if fd >= 0))
@@ -400,9 +402,7 @@ class _Supervisor:
             atexit._run_exitfuncs()
             return status
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(BaseException):  # a handler may raise here, too
-                    stream.flush()
+            _flush_streams()
 
     def _serve(self, worker: _Worker) -> int:
         """Run ``worker_init`` and ``main()``; returns the exit status."""
@@ -481,8 +481,11 @@ class _Supervisor:
         self._troubles.append(f"{name} {reason}")
         _log.error("%s %s", name, reason)
 
-    def _count_failure(self, worker: _Worker, what: str) -> float:
-        """Take note that a worker died; returns how long to wait before the next, in seconds."""
+    def _count_failure(self, worker: _Worker, what: str, *, for_good: bool = True) -> float:
+        """Take note that a worker died; returns how long to wait before the next, in seconds.
+
+        ``for_good``: where all have died several times the filter is given up.
+        """
         now = time.monotonic()
         if worker.ready_at is not None and now - worker.ready_at >= QUICK:
             worker.failures = 0
@@ -491,7 +494,7 @@ class _Supervisor:
         worker.due = now + pause
         worker.ready_at = None
         serves = any(each.ready_at is not None for each in self._workers)
-        if worker.failures >= TOO_MANY and not (serves and self._all_were_ready):
+        if for_good and worker.failures >= TOO_MANY and not (serves and self._all_were_ready):
             raise milter.error(
                 f"workers die at once, {worker.failures} times in a row; the last: {what}"
             )
@@ -541,6 +544,12 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
     for end in ends:
         os.set_blocking(end, False)
     return ends
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):  # None, closed; and a handler may raise here, too
+            stream.flush()
 
 
 def _close(*descriptors: int) -> None:

@@ -536,14 +536,18 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
 }
 
 /* Registered with os.register_at_fork: the filter is the parent's.  The engine's threads are not
- * here, so nothing will end what they began, and the socket is not ours to remove. */
+ * here, so nothing will end what they began, and the socket is not ours to remove.  Where a filter
+ * has ended and the next one is being set up, nothing was begun: the child may go on with that. */
 PyObject *
 after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
-    return_wakeup_fd();
 #ifdef Py_GIL_DISABLED
     state_guard = (PyMutex){0}; /* its holder may not have been forked */
 #endif
+    if (phase == SETTING_UP || phase == SOCKET_OPEN) {
+        Py_RETURN_NONE;
+    }
+    return_wakeup_fd();
     phase = STOPPED;
     close_main_pipe();
     engine->forget();

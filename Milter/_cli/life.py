@@ -52,7 +52,7 @@ class Life:
         """The filter serves from now on: tell whoever waits for that."""
         self.notifier.ready(status, feed=not workers)
         if self._generation is not None and not workers:
-            self._generation.watch(Milter.stop)
+            self._generation.watch(self._stop_here)
 
     # --- for the supervisor of workers -----------------------------------------------------
 

@@ -176,7 +176,8 @@ class Overseer:
         self._pid = os.getpid()
         self._notifier = notifier
         self._leave = leave
-        self._path = where.path if where.kind == "unix" else ""
+        # A callback may change the directory before it is removed.
+        self._path = os.path.abspath(where.path) if where.kind == "unix" else ""
         self._inode = (-1, -1)
         self._inbox = (-1, -1)
         self._thread: threading.Thread | None = None

@@ -327,6 +327,63 @@ def test_one_worker_is_this_process(run_filter):
     assert f"init in {filter_.pid} 0" in filter_.output
 
 
+PLAIN = """
+import os, signal, sys
+import Milter
+
+class Filter(Milter.Base):
+    pass
+
+Milter.factory = Filter
+"""
+
+
+def test_what_the_program_has_said_is_said_once(run_filter):
+    """What stands in a stream's buffer is not each worker's, too."""
+    source = PLAIN + "print('begins')\nMilter.runmilter('plain', sys.argv[1], workers=2)\n"
+    running = run_filter(source=source, env={"PYTHONUNBUFFERED": ""})
+    running.mta().close()
+    assert running.stop() == 0
+    assert running.output.count("begins") == 1
+
+
+def test_a_wakeup_descriptor_that_is_closed_ends_no_worker(run_filter):
+    source = PLAIN + (
+        "read, write = os.pipe()\n"
+        "os.set_blocking(write, False)\n"
+        "signal.set_wakeup_fd(write)\n"
+        "os.close(read)\n"
+        "os.close(write)\n"
+        "Milter.runmilter('plain', sys.argv[1], workers=2)\n"
+    )
+    running = run_filter(source=source)
+    with running.mta() as mta:
+        mta.greet()
+    assert running.stop() == 0
+
+
+@pytest.mark.engine("native")
+@pytest.mark.parametrize("how", ["workers", "child"])
+def test_a_process_that_has_served_may_fork_what_serves_next(run_filter, how):
+    """On our own engine, which serves again."""
+    source = PLAIN + (
+        "signal.signal(signal.SIGALRM, lambda *_: Milter.stop())\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.1)\n"
+        "Milter.runmilter('plain', sys.argv[1] + '.first')\n"
+        "print('again', flush=True)\n"
+        "workers = 2 if sys.argv[2] == 'workers' else 1\n"
+        "if workers == 1 and (pid := os.fork()):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+        "Milter.runmilter('plain', sys.argv[1], workers=workers)\n"
+    )
+    running = run_filter(None, how, source=source)
+    running.wait_for("again")
+    with running.mta() as mta:
+        mta.greet()
+    assert running.stop() == 0
+
+
 def test_a_child_that_a_callback_forks_is_no_worker(run_filter):
     filter_ = run_filter("workers")
     with filter_.mta() as mta:
