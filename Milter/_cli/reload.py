@@ -339,6 +339,13 @@ class Overseer:
 
     def _promote(self, child: _Child, status: str) -> None:
         """A generation serves: who did so before gives way."""
+        if not self.has_handed_over and not milter._accepts():
+            # A callback has stopped the filter meanwhile: that is meant for all of it, and the
+            # socket may be gone.
+            _log.info("%s, which came too late, ends with the filter", child)
+            self._stopping = True
+            self._begin_to_stop()
+            return
         self._next = None
         before, self._current = self._current, child
         if before is not None:

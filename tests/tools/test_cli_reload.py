@@ -19,6 +19,7 @@ from pathlib import Path
 
 import milter
 import pytest
+from support.lifecycle import wait_until
 from support.process import WAIT, Filter, python_command
 
 import Milter
@@ -211,6 +212,45 @@ def test_a_second_signal_is_no_failure(start: Start, place: Path, workers: str) 
     reload(filter_, 1)
     assert filter_.stop() == 0, filter_.output
     assert "ended in order" in filter_.output
+
+
+STOPPED_BY_A_CALLBACK = """
+import os, time
+
+def envfrom(self, sender, *params):
+    if "stop" in sender:
+        Milter.stop()
+    return Milter.CONTINUE
+
+Hello.envfrom = envfrom
+until = time.monotonic() + 20
+while os.path.exists("wait") and time.monotonic() < until:
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_by_a_callback_while_a_generation_starts(
+    start: Start, place: Path, workers: str
+) -> None:
+    """It ends the filter; nothing is left that nobody can reach."""
+    write(place, "1", STOPPED_BY_A_CALLBACK)
+    filter_ = start("--workers", workers)
+    with filter_.mta() as waiting, filter_.mta() as mta:
+        for each in (waiting, mta):
+            each.greet()
+        waiting.mail("<a@example.com>")  # the stop waits for this message
+        (place / "wait").touch()
+        reload(filter_, 1, "generation 2 is started")
+        mta.mail("<stop@example.com>")
+        wait_until(lambda: not (place / "run" / "s").exists(), "it goes on listening")
+        (place / "wait").unlink()
+        filter_.wait_for(", which came too late, ends")
+        waiting.abort()
+        waiting.close()
+        mta.close()
+    assert filter_.wait() == 0
+    assert "reloaded" not in filter_.output
 
 
 @pytest.mark.parametrize(
