@@ -579,7 +579,7 @@ static PyMethodDef milter_functions[] = {
     {"_forget_stop", forget_stop, METH_NOARGS, NULL},
     {"_stop_with", stop_with, METH_O, NULL},
     {"_when_serving", when_serving, METH_O, NULL},
-    {"_keep_variables", keep_variables, METH_O, NULL},
+    {"_note_coroutines", note_coroutines, METH_O, NULL},
     {"_attend", attend, METH_O, NULL},
     {"_take_turn", take_turn, METH_NOARGS, NULL},
     {"_dismiss", dismiss_loop, METH_NOARGS, NULL},

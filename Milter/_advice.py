@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import CodeType, TracebackType
     from typing import Any
 
@@ -13,14 +14,19 @@ _METHODS = {"helo": "hello"}
 
 def code_of(method: Any) -> CodeType | None:
     """The code of a function or method, within its decorators; None where it has none."""
-    seen = 0
-    while seen < 100:  # no chain of decorators is longer; a circle is
-        inner = getattr(method, "__wrapped__", None) or getattr(method, "__func__", None)
-        if inner is None:
-            break
-        method, seen = inner, seen + 1
-    code: CodeType | None = getattr(method, "__code__", None)
+    *_, innermost = layers_of(method)
+    code: CodeType | None = getattr(innermost, "__code__", None)
     return code
+
+
+def layers_of(method: Any) -> Iterator[Any]:
+    """A method, and what its decorators have wrapped, from the outside to the inside."""
+    for _ in range(100):  # no chain of decorators is longer; a circle is
+        method = getattr(method, "__func__", method)
+        yield method
+        method = getattr(method, "__wrapped__", None)
+        if method is None:
+            break
 
 
 def place_of(exception: BaseException, filter_object: object, stage: str) -> str:

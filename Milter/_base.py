@@ -386,7 +386,7 @@ class Base(milter._Decoder):
         ]
         if any(map(is_coroutine, own)):
             cls._only_coroutines = all(map(only_makes_coroutine, own))
-            milter._keep_variables(cls._only_coroutines)
+            milter._note_coroutines(cls._only_coroutines)
         elif own:
             milter._dismiss()  # another class may have them
 

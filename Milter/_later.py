@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from types import GeneratorType
 
+from ._advice import layers_of
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Awaitable, Callable, Generator, Iterator
+    from collections.abc import Awaitable, Callable, Generator
     from typing import Any
 
     LoopFactory = Callable[[], AbstractEventLoop]
@@ -55,16 +57,6 @@ def _is_generator(result: object) -> bool:
     return type(result) is GeneratorType and bool(result.gi_code.co_flags & _CO_ITERABLE_COROUTINE)
 
 
-def _layers(method: Any) -> Iterator[Any]:
-    """A method, and what its decorators have wrapped, from the outside to the inside."""
-    for _ in range(100):  # no chain of decorators is longer; a circle is
-        method = getattr(method, "__func__", method)
-        yield method
-        method = getattr(method, "__wrapped__", None)
-        if method is None:
-            break
-
-
 def _returns_coroutine(function: Any) -> bool:
     code = getattr(function, "__code__", None)
     return code is not None and bool(code.co_flags & (_CO_COROUTINE | _CO_ITERABLE_COROUTINE))
@@ -72,7 +64,7 @@ def _returns_coroutine(function: Any) -> bool:
 
 def is_coroutine(method: Any) -> bool:
     """Whether a method is ``async def``, or has to do with one that is, within decorators."""
-    return any(_returns_coroutine(layer) for layer in _layers(method))
+    return any(_returns_coroutine(layer) for layer in layers_of(method))
 
 
 def only_makes_coroutine(method: Any) -> bool:
@@ -80,7 +72,7 @@ def only_makes_coroutine(method: Any) -> bool:
 
     What another one's decorator does may take its time, such as waiting for the coroutine.
     """
-    for layer in _layers(method):
+    for layer in layers_of(method):
         if getattr(layer, "__globals__", {}).get("__name__") != _DECORATORS:
             return _returns_coroutine(layer)
     return False

@@ -23,9 +23,9 @@ dismiss_for_good(void)
     }
 }
 
-/* _keep_variables(only_coroutines): of a class with coroutines */
+/* _note_coroutines(only_coroutines): of a class with coroutines */
 PyObject *
-keep_variables(PyObject *Py_UNUSED(module), PyObject *only_coroutines)
+note_coroutines(PyObject *Py_UNUSED(module), PyObject *only_coroutines)
 {
     if (only_coroutines == Py_True) {
         atomic_store(&coroutines, true);

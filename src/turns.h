@@ -6,7 +6,7 @@
 #include "common.h"
 
 /* For the module. */
-PyObject *keep_variables(PyObject *module, PyObject *only_coroutines);
+PyObject *note_coroutines(PyObject *module, PyObject *only_coroutines);
 PyObject *attend(PyObject *module, PyObject *first_step);
 PyObject *take_turn(PyObject *module, PyObject *ignored);
 PyObject *dismiss_loop(PyObject *module, PyObject *ignored);

@@ -354,7 +354,7 @@ def session_class(
     for callback, macros in lists.items():
         setattr(namespace[callback], MACROS_MARK, tuple(macros))
     if namespace["async_stages"]:
-        milter._keep_variables(False)  # what collects the message is plain, and writes to disk
+        milter._note_coroutines(False)  # what collects the message is plain, and writes to disk
     return type(name, (Session,), namespace)
 
 

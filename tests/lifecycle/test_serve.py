@@ -124,18 +124,10 @@ def test_close_comes_after_an_abort_that_waits_at_the_end(serving: Callable[...,
         mta.close()
 
 
-def test_stop_ends_it_without_an_exception(serving: Callable[..., Any]) -> None:
-    running = serving("stopped")
-    with running.mta() as mta:
-        begin(mta)
-    running.process.send_signal(signal.SIGTERM)
-    running.wait_for("serve returned None")
-    end_of(running)
-
-
-def test_after_a_test_with_the_stand_in(serving: Callable[..., Any]) -> None:
-    """Its loop is not taken for a filter that runs."""
-    running = serving("after_stand_in")
+@pytest.mark.parametrize("program", ["stopped", "after_stand_in"])
+def test_stop_ends_it_without_an_exception(serving: Callable[..., Any], program: str) -> None:
+    """Nor is the loop of a test with the stand-in, before, taken for a filter that runs."""
+    running = serving(program)
     with running.mta() as mta:
         begin(mta)
     running.process.send_signal(signal.SIGTERM)

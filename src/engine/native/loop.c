@@ -911,8 +911,7 @@ driver_written(SMFICTX *session, bool urgent)
         return MI_SUCCESS;
     }
     if (runs_in_event_loop(connection)) {
-        return MI_SUCCESS; /* which cannot wait; what is left goes out when the callback has ended
-                            */
+        return MI_SUCCESS; /* which cannot wait: the rest goes out after the callback */
     }
     released = hooks->release();
     sent =
