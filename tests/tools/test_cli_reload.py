@@ -23,7 +23,7 @@ from support.lifecycle import wait_until
 from support.process import WAIT, Filter, python_command
 
 import Milter
-from Milter.mta import MTA, Verdict
+from Milter.mta import MTA, FilterClosed, Verdict
 
 MESSAGE = b"Subject: a\r\n\r\nb\r\n"
 
@@ -389,6 +389,37 @@ def test_an_inherited_socket(start: Start, place: Path) -> None:
         assert version(mta) == "2"
     assert filter_.stop() == 0
     assert (place / "run" / "s").exists()  # it is not ours to remove
+
+
+def test_a_callback_that_changes_the_directory(start: Start, place: Path) -> None:
+    """The socket is found again, and removed, though its name was relative."""
+    write(
+        place, "1", "import os\nHello.hello = lambda self, name: os.chdir('/') or Milter.CONTINUE"
+    )
+    filter_ = start(where="unix:run/s")
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    reload(filter_, 1)
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    assert filter_.stop() == 0
+    assert not (place / "run" / "s").exists()
+
+
+def test_a_retired_generation_ends_with_the_process_that_was_started(
+    start: Start, place: Path
+) -> None:
+    """Also while an MTA keeps a connection to it."""
+    filter_ = start()
+    filter_.mta().close()
+    reload(filter_, 1)
+    with contextlib.closing(filter_.mta()) as mta:
+        mta.greet()
+        reload(filter_, 2)
+        filter_.process.kill()
+        with pytest.raises(FilterClosed):
+            mta.read_packet()
+    filter_.wait()
 
 
 def test_generations_end_with_the_process_that_was_started(start: Start, place: Path) -> None:
