@@ -574,6 +574,7 @@ static PyMethodDef milter_functions[] = {
     {"_share_socket", share_open_socket, METH_O, NULL},
     {"_listening_socket", duplicate_listener, METH_NOARGS, NULL},
     {"_accepts", accepts_connections, METH_NOARGS, NULL},
+    {"_is_stopped", tell_if_stopped, METH_NOARGS, NULL},
     {"_is_running", tell_if_running, METH_NOARGS, NULL},
     {"_leave_signals", leave_signals, METH_O, NULL},
     {"_forget_stop", forget_stop, METH_NOARGS, NULL},

@@ -233,7 +233,8 @@ duplicate_listener(PyObject *module, PyObject *Py_UNUSED(ignored))
     int code = 0, fd;
 
     /* In a hurry it is asked for between the service manager's READY=1 and the first callback. */
-    if (phase == SETTING_UP || phase == STOPPED || listening_socket() < 0) {
+    if (phase == SETTING_UP || phase == STOPPED || atomic_load(&stopped_listening) ||
+        listening_socket() < 0) {
         return out_of_order(state, "_listening_socket", "not now");
     }
     if (!listener_is_shared && !is_place_in_crew(0)) { /* else the crew has seen to it */
@@ -253,6 +254,13 @@ PyObject *
 accepts_connections(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {
     return PyBool_FromLong(is_place_in_crew(0) ? crew_serves() : !atomic_load(&stopped_listening));
+}
+
+/* _is_stopped(): was a stop asked for, or has it come so far that this is forgotten? */
+PyObject *
+tell_if_stopped(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    return PyBool_FromLong(stop_is_wanted() || atomic_load(&stopped_listening));
 }
 
 /* _hand_over(milliseconds): another process serves the socket from now on, and removes its path.

@@ -28,11 +28,12 @@ void set_drain_timeout(int wanted);
 /* The module is loaded: that one is active from here on, unless callbacks of another still end. */
 void activate(module_state *state);
 
-/* milter._share_socket, milter._listening_socket, milter._accepts, milter._hand_over,
- * milter._is_running, milter._leave_signals, milter._forget_stop, milter._stop_with,
- * milter._when_serving, milter._close_gate, milter._after_fork_in_child */
+/* milter._share_socket, milter._listening_socket, milter._accepts, milter._is_stopped,
+ * milter._hand_over, milter._is_running, milter._leave_signals, milter._forget_stop,
+ * milter._stop_with, milter._when_serving, milter._close_gate, milter._after_fork_in_child */
 PyObject *duplicate_listener(PyObject *module, PyObject *ignored);
 PyObject *accepts_connections(PyObject *module, PyObject *ignored);
+PyObject *tell_if_stopped(PyObject *module, PyObject *ignored);
 PyObject *hand_over_socket(PyObject *module, PyObject *value);
 PyObject *share_open_socket(PyObject *module, PyObject *value);
 PyObject *tell_if_running(PyObject *module, PyObject *ignored);

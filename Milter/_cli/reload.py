@@ -316,7 +316,19 @@ class Overseer:
                 self._listener = milter._listening_socket()
             self._next = self._spawn(self._listener)
         except (milter.error, OSError) as exc:
-            self._refused(str(exc))
+            if self._was_stopped():
+                self._end_with_filter("a reload")
+            else:
+                self._refused(str(exc))
+
+    def _was_stopped(self) -> bool:
+        """Whether a callback has stopped the filter: that is meant for all of it."""
+        return not self.has_handed_over and milter._is_stopped()
+
+    def _end_with_filter(self, what: object) -> None:
+        _log.info("%s, which came too late, ends with the filter", what)
+        self._stopping = True
+        self._begin_to_stop()
 
     def _spawn(self, listener: int) -> _Child:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -339,12 +351,8 @@ class Overseer:
 
     def _promote(self, child: _Child, status: str) -> None:
         """A generation serves: who did so before gives way."""
-        if not self.has_handed_over and not milter._accepts():
-            # A callback has stopped the filter meanwhile: that is meant for all of it, and the
-            # socket may be gone.
-            _log.info("%s, which came too late, ends with the filter", child)
-            self._stopping = True
-            self._begin_to_stop()
+        if self._was_stopped():  # and the socket may be gone
+            self._end_with_filter(child)
             return
         self._next = None
         before, self._current = self._current, child
@@ -391,7 +399,9 @@ class Overseer:
         code = child.process.returncode
         if child is self._next:
             self._next = None
-            if not self._stopping:
+            if not self._stopping and self._was_stopped():
+                self._end_with_filter(child)
+            elif not self._stopping:
                 self._refused(child.reason or f"{child} ended with status {code}")
         elif child is self._current:
             self._current = None

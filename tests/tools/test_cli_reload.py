@@ -226,6 +226,7 @@ def envfrom(self, sender, *params):
 Hello.envfrom = envfrom
 until = time.monotonic() + 20
 while os.path.exists("wait") and time.monotonic() < until:
+    open("waits", "w").close()
     time.sleep(0.02)
 """
 
@@ -243,6 +244,7 @@ def test_a_stop_by_a_callback_while_a_generation_starts(
         waiting.mail("<a@example.com>")  # the stop waits for this message
         (place / "wait").touch()
         reload(filter_, 1, "generation 2 is started")
+        wait_until((place / "waits").exists, "the generation has not begun")
         mta.mail("<stop@example.com>")
         wait_until(lambda: not (place / "run" / "s").exists(), "it goes on listening")
         (place / "wait").unlink()
@@ -252,6 +254,25 @@ def test_a_stop_by_a_callback_while_a_generation_starts(
         mta.close()
     assert filter_.wait() == 0
     assert "reloaded" not in filter_.output
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_reload_after_a_stop_by_a_callback(start: Start, place: Path, workers: str) -> None:
+    """It is none, and no error."""
+    write(place, "1", STOPPED_BY_A_CALLBACK)
+    filter_ = start("--workers", workers)
+    with filter_.mta() as waiting, filter_.mta() as mta:
+        for each in (waiting, mta):
+            each.greet()
+        waiting.mail("<a@example.com>")  # the stop waits for this message
+        mta.mail("<stop@example.com>")
+        wait_until(lambda: not (place / "run" / "s").exists(), "it goes on listening")
+        reload(filter_, 1, ", which came too late, ends")
+        waiting.abort()
+        waiting.close()
+        mta.close()
+    assert filter_.wait() == 0
+    assert "not reloaded" not in filter_.output
 
 
 @pytest.mark.parametrize(
