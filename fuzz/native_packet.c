@@ -21,10 +21,10 @@ plain_length(const uint8_t *bytes)
 /* Give bytes in, and take every packet that is there; false once one is bad. */
 static bool
 feed(struct inbox *inbox, const uint8_t *bytes, size_t count, const uint8_t *all, size_t *at,
-     struct outbox *outbox)
+     struct outbox *outbox, struct stock *stock)
 {
     size_t room;
-    char *to = inbox_room(inbox, count, &room);
+    char *to = inbox_room(inbox, count, &room, stock);
     struct packet packet;
     enum packet_state state;
 
@@ -71,7 +71,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         size_t count = step < size - given ? step : size - given;
 
         inbox_lend(&inbox, &stock);
-        good = feed(&inbox, data + given, count, data, &at, &outbox);
+        good = feed(&inbox, data + given, count, data, &at, &outbox, &stock);
         given += count;
         inbox_reclaim(&inbox, &stock);
         assert((inbox.bytes == NULL) == inbox_empty(&inbox));

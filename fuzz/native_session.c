@@ -371,7 +371,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     patience = 1000;
     choose_callbacks(&filter, (unsigned)(data[0] | data[1] << 8));
     session_begin(&session, &filter, &driver, 65535);
-    to = inbox_room(&inbox, size, &room);
+    to = inbox_room(&inbox, size, &room, NULL);
     memcpy(to, data + 2, size - 2);
     inbox_add(&inbox, size - 2);
     allocations = 0;

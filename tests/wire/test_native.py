@@ -249,6 +249,36 @@ def test_an_mta_that_reads_nothing_is_given_up(run_filter: Run) -> None:
     assert running.stop() == 0
 
 
+def test_large_packets_of_many_connections_keep_apart(run_filter: Run) -> None:
+    """Also where their halves come in turns, from more connections than memory is kept for."""
+    running = run_filter("scripted")
+    bodies = {"body": "say(len(args[0]), set(args[0]))"}
+    largest = 65535
+    passes(running)
+    with contextlib.ExitStack() as stack:
+        each = []
+        for _ in range(12):
+            sock = stack.enter_context(connected_socket(running))
+            talking = Session(running, MTA(sock, offer=Offer()), bodies)
+            talking.envelope()
+            talking.mta.eoh()
+            sock.settimeout(WAIT)
+            each.append((sock, talking))
+        for turn in range(3):
+            size = largest - 9000 * turn  # the same memory, with other lengths
+            chunks = [
+                (size + 1).to_bytes(4, "big") + b"B" + bytes([number + turn]) * size
+                for number in range(len(each))
+            ]
+            for begin, end in ((0, 20_000), (20_000, 50_000), (50_000, size + 5)):
+                for (sock, _), chunk in zip(each, chunks, strict=True):
+                    sock.sendall(chunk[begin:end])
+            for number, (sock, talking) in enumerate(each):
+                assert sock.recv(5, socket.MSG_WAITALL) == b"\0\0\0\1c"
+                assert talking.next(turn + 1) == (size, {number + turn})
+    assert running.stop() == 0
+
+
 def test_after_half_a_packet_nothing_follows(run_filter: Run, tmp_path: Path) -> None:
     """Or the MTA would take it for the rest of what the filter gave up to write."""
     go_on = tmp_path / "go on"

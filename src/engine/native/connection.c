@@ -59,10 +59,10 @@ judge_read(struct connection *connection, ssize_t count)
 
 /* Into the inbox itself. */
 static size_t
-read_in_place(struct connection *connection, size_t missing)
+read_in_place(struct connection *connection, size_t missing, struct stock *stock)
 {
     size_t room;
-    char *to = inbox_room(&connection->inbox, missing, &room);
+    char *to = inbox_room(&connection->inbox, missing, &room, stock);
     size_t count;
 
     if (to == NULL) {
@@ -88,7 +88,7 @@ read_by_the_way(struct connection *connection, struct stock *stock)
     if (count <= BOX_ROOM) {
         inbox_lend(&connection->inbox, stock);
     }
-    to = inbox_room(&connection->inbox, count, &room);
+    to = inbox_room(&connection->inbox, count, &room, stock);
     if (to == NULL) {
         connection->at_end = true;
         return 0;
@@ -104,7 +104,7 @@ connection_read(struct connection *connection, struct stock *stock)
     size_t missing = inbox_missing(&connection->inbox);
 
     if (missing >= LARGE && missing <= connection->session.max_data + PACKET_HEAD) {
-        read_in_place(connection, missing);
+        read_in_place(connection, missing, stock);
     }
     else {
         read_by_the_way(connection, stock);

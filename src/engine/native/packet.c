@@ -24,41 +24,19 @@ number_to(char *bytes, uint32_t number)
     bytes[3] = (char)number;
 }
 
-/* Make room for `least` more bytes at the end, moving what is there to the front. */
-static bool
-make_room(char **bytes, size_t *begin, size_t *end, size_t *room, size_t least)
-{
-    size_t used = *end - *begin;
-
-    if (least > SIZE_MAX / 2 - used) {
-        return false;
-    }
-    if (*begin > 0 && used + least <= *room) {
-        memmove(*bytes, *bytes + *begin, used);
-        *begin = 0;
-        *end = used;
-    }
-    if (*end + least > *room) {
-        size_t wanted = used + least > 2 * used ? used + least : 2 * used;
-        size_t size = wanted > BOX_ROOM ? wanted : BOX_ROOM;
-        char *bigger = malloc(size);
-
-        if (bigger == NULL) {
-            return false;
-        }
-        if (used > 0) {
-            memcpy(bigger, *bytes + *begin, used);
-        }
-        free(*bytes);
-        *bytes = bigger;
-        *begin = 0;
-        *end = used;
-        *room = size;
-    }
-    return true;
-}
-
 /* -------------------------------------------------------------------------- stock */
+
+/* Memory for *size bytes, or for more, which *size then says.  Each thread of the team takes from
+ * an arena of the C library's, which keeps what it had: large rooms go around instead. */
+static char *
+new_room(size_t *size, struct stock *stock)
+{
+    if (stock == NULL || *size <= LARGE_ROOM_FROM || *size > LARGE_ROOM) {
+        return malloc(*size);
+    }
+    *size = LARGE_ROOM;
+    return stock->large_count > 0 ? stock->large[--stock->large_count] : malloc(LARGE_ROOM);
+}
 
 static void
 lend(char **bytes, size_t *room, struct stock *stock)
@@ -78,6 +56,9 @@ reclaim(char **bytes, size_t *room, struct stock *stock)
     if (*room == BOX_ROOM && stock->count < MOST_IN_STOCK) {
         stock->rooms[stock->count++] = *bytes;
     }
+    else if (*room == LARGE_ROOM && stock->large_count < MOST_LARGE_IN_STOCK) {
+        stock->large[stock->large_count++] = *bytes;
+    }
     else {
         free(*bytes);
     }
@@ -91,14 +72,52 @@ stock_free(struct stock *stock)
     while (stock->count > 0) {
         free(stock->rooms[--stock->count]);
     }
+    while (stock->large_count > 0) {
+        free(stock->large[--stock->large_count]);
+    }
+}
+
+/* Make room for `least` more bytes at the end, moving what is there to the front; of the stock,
+ * where there is one. */
+static bool
+make_room(char **bytes, size_t *begin, size_t *end, size_t *room, size_t least, struct stock *stock)
+{
+    size_t used = *end - *begin;
+
+    if (least > SIZE_MAX / 2 - used) {
+        return false;
+    }
+    if (*begin > 0 && used + least <= *room) {
+        memmove(*bytes, *bytes + *begin, used);
+        *begin = 0;
+        *end = used;
+    }
+    if (*end + least > *room) {
+        size_t wanted = used + least > 2 * used ? used + least : 2 * used;
+        size_t size = wanted > BOX_ROOM ? wanted : BOX_ROOM;
+        char *bigger = new_room(&size, stock);
+
+        if (bigger == NULL) {
+            return false;
+        }
+        if (used > 0) {
+            memcpy(bigger, *bytes + *begin, used);
+        }
+        free(*bytes);
+        *bytes = bigger;
+        *begin = 0;
+        *end = used;
+        *room = size;
+    }
+    return true;
 }
 
 /* ------------------------------------------------------------------ what comes in */
 
 char *
-inbox_room(struct inbox *inbox, size_t least, size_t *size)
+inbox_room(struct inbox *inbox, size_t least, size_t *size, struct stock *stock)
 {
-    if (!make_room(&inbox->bytes, &inbox->begin, &inbox->end, &inbox->room, least)) {
+    if (!make_room(&inbox->bytes, &inbox->begin, &inbox->end, &inbox->room, least, stock)) {
         return NULL;
     }
     *size = inbox->room - inbox->end;
@@ -204,7 +223,7 @@ outbox_add(struct outbox *outbox, char command, const struct piece *pieces, size
         size += pieces[i].size;
     }
     if (size >= UINT32_MAX || !make_room(&outbox->bytes, &outbox->begin, &outbox->end,
-                                         &outbox->room, PACKET_HEAD + size)) {
+                                         &outbox->room, PACKET_HEAD + size, NULL)) {
         return false;
     }
     to = outbox->bytes + outbox->end;

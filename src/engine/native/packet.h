@@ -20,12 +20,17 @@ struct packet {
 
 #define BOX_ROOM 512 /* bytes that a box has at least, where it has any */
 #define MOST_IN_STOCK 64
+#define LARGE_ROOM_FROM 16384 /* more than that is LARGE_ROOM at once: an MTA's body chunk */
+#define LARGE_ROOM (65536 + 4096)
+#define MOST_LARGE_IN_STOCK 8
 
 /* Memory of boxes that were emptied, for those that are filled next: what waits for its MTA has
  * none.  All zero is empty. */
 struct stock {
     size_t count;
     char *rooms[MOST_IN_STOCK]; /* of BOX_ROOM bytes */
+    size_t large_count;
+    char *large[MOST_LARGE_IN_STOCK]; /* of LARGE_ROOM bytes */
 };
 
 void stock_free(struct stock *stock);
@@ -40,9 +45,9 @@ struct inbox {
 
 enum packet_state { PACKET_THERE, PACKET_NOT_YET, PACKET_BAD };
 
-/* Where to put what is read next, at least `least` bytes; *size says how much room there is.  NULL:
- * no memory.  Moves what is there, so that no packet that was taken is good any longer. */
-char *inbox_room(struct inbox *inbox, size_t least, size_t *size);
+/* Where to put what is read next, at least `least` bytes; *size says how much room there is.  It may
+ * come from the stock.  NULL: no memory.  Moves what is there, so that no packet that was taken is good any longer. */
+char *inbox_room(struct inbox *inbox, size_t least, size_t *size, struct stock *stock);
 void inbox_add(struct inbox *inbox, size_t count);
 
 /* Take the next packet.  PACKET_BAD: one without a command, or with more than `max_data` bytes. */
