@@ -248,28 +248,132 @@ return_wakeup_fd(void)
 
 /* ------------------------------------------------------ the supervisor's signals
  *
- * A handler may raise, and in Python there is no place where it may not.  So the process that
- * supervises workers holds signals back but while it waits, in here, and every handler that is
- * due has run when it goes on. */
+ * A handler may raise, and in Python there is no place where it may not.  So in the process that
+ * supervises workers a note is made of each signal that Python handles, and Python learns of it
+ * where the process waits, in here: every handler that is due has run when it goes on.  No signal
+ * is blocked for that, as programs and threads that a handler starts would have it blocked, too. */
 
-static sigset_t open_mask;
-static bool held;
+#define NUMBERS 128 /* more than there are signals */
 
-/* Run the handlers of all signals that have come.  The first exception counts. */
+static struct sigaction pythons_actions[NUMBERS];
+static bool held_signals[NUMBERS];
+static atomic_int noted[NUMBERS]; /* the process that the signal came to, or 0 */
+static bool holding;
+
+static sigset_t mask_before_fork;
+static bool blocked_for_fork;
+
+static void
+note_signal(int number)
+{
+    atomic_store(&noted[number], getpid());
+    wake_main();
+}
+
+static bool
+is_noted(int number)
+{
+    return atomic_load(&noted[number]) != 0 && atomic_exchange(&noted[number], 0) == getpid();
+}
+
+static bool
+is_still_held(int number)
+{
+    struct sigaction current;
+
+    return held_signals[number] && sigaction(number, NULL, &current) == 0 &&
+           current.sa_handler == note_signal;
+}
+
+/* Has the application a handler in Python for this signal?  Errors are cleared. */
+static bool
+is_handled_in_python(PyObject *module, int number)
+{
+    PyObject *handler = PyObject_CallMethod(module, "getsignal", "i", number);
+    bool is_handled = handler != NULL && PyCallable_Check(handler);
+
+    PyErr_Clear();
+    Py_XDECREF(handler);
+    return is_handled;
+}
+
+/* Make notes of the signals that Python handles.  Is one of them new? */
+static bool
+hold_pythons_signals(void)
+{
+    PyObject *module = PyImport_ImportModule("_signal");
+    struct sigaction current;
+    sigset_t others;
+    bool any = false;
+
+    fill_but_faults(&others);
+    for (int i = 1; module != NULL && i < NUMBERS; i++) {
+        if (sigismember(&others, i) == 1 && sigaction(i, NULL, &current) == 0 &&
+            (current.sa_flags & SA_SIGINFO) == 0 && current.sa_handler != SIG_DFL &&
+            current.sa_handler != SIG_IGN && current.sa_handler != note_signal &&
+            is_handled_in_python(module, i)) {
+            pythons_actions[i] = current;
+            held_signals[i] = true;
+            current.sa_handler = note_signal;
+            any = sigaction(i, &current, NULL) == 0 || any;
+        }
+    }
+    PyErr_Clear();
+    Py_XDECREF(module);
+    return any;
+}
+
+/* Have Python know of what was noted. */
+static void
+tell_python(void)
+{
+    for (int i = 1; i < NUMBERS; i++) {
+        if (is_noted(i)) {
+            if (is_still_held(i)) {
+                pythons_actions[i].sa_handler(i); /* it makes a note of its own */
+            }
+            else {
+                raise(i);
+            }
+        }
+    }
+}
+
+/* Also runs in a forked child, so only async-signal-safe calls. */
+static void
+let_go_of_signals(void)
+{
+    for (int i = 1; i < NUMBERS; i++) {
+        if (is_still_held(i)) {
+            sigaction(i, &pythons_actions[i], NULL);
+        }
+        held_signals[i] = false;
+    }
+    for (int i = 1; i < NUMBERS; i++) {
+        if (is_noted(i)) {
+            raise(i);
+        }
+    }
+    holding = false;
+}
+
+/* Run the handlers of all signals that Python knows of.  The first exception counts. */
 static bool
 run_handlers(void)
 {
     PyObject *first = NULL;
 
-    while (PyErr_CheckSignals() < 0) {
-        PyObject *exception = take_exception();
-        if (first != NULL) {
-            Py_DECREF(exception);
+    do {
+        while (PyErr_CheckSignals() < 0) {
+            PyObject *exception = take_exception();
+            if (first != NULL) {
+                Py_DECREF(exception);
+            }
+            else {
+                first = exception;
+            }
         }
-        else {
-            first = exception;
-        }
-    }
+    } while (holding && hold_pythons_signals()); /* a handler may have set others */
     if (first != NULL) {
         raise_exception(first);
         return false;
@@ -277,32 +381,53 @@ run_handlers(void)
     return true;
 }
 
-/* _hold_signals(on): block signals, or put back the mask of before; raises what a handler does. */
+void
+block_for_fork(void)
+{
+    sigset_t set;
+
+    fill_but_faults(&set);
+    blocked_for_fork = pthread_sigmask(SIG_BLOCK, &set, &mask_before_fork) == 0;
+}
+
+void
+unblock_after_fork(void)
+{
+    if (blocked_for_fork) {
+        blocked_for_fork = pthread_sigmask(SIG_SETMASK, &mask_before_fork, NULL) != 0;
+    }
+}
+
+/* _hold_signals(on): have handlers run in _await() alone, or, also in a worker that was forked, as
+ * ever; raises what a handler does. */
 PyObject *
 hold_signals(PyObject *Py_UNUSED(module), PyObject *value)
 {
+    static bool hooked;
     int on = PyObject_IsTrue(value);
-    sigset_t set;
 
-    if (on > 0 && !held) {
-        fill_but_faults(&set);
-        held = pthread_sigmask(SIG_BLOCK, &set, &open_mask) == 0;
+    if (on > 0) {
+        hooked = hooked || pthread_atfork(NULL, NULL, let_go_of_signals) == 0;
+        if (!hooked) {
+            return PyErr_NoMemory();
+        }
+        holding = true;
     }
-    else if (on == 0 && held) {
-        held = pthread_sigmask(SIG_SETMASK, &open_mask, NULL) != 0;
+    else if (on == 0) {
+        let_go_of_signals();
+        unblock_after_fork();
     }
     return on >= 0 && run_handlers() ? Py_NewRef(Py_None) : NULL;
 }
 
-/* _await(descriptors, timeout): wait, with signals let in, until one of the descriptors can be
- * read, a signal has come, another thread has called stop(), or for so many milliseconds, where
- * negative without end.  Raises what a handler does. */
+/* _await(descriptors, timeout): wait until one of the descriptors can be read, a signal has come,
+ * another thread has called stop(), or for so many milliseconds, where negative without end.
+ * Handlers run, and what they raise is raised. */
 PyObject *
 await_news(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *descriptors;
     struct pollfd *wait;
-    sigset_t blocked;
     Py_ssize_t count;
     int timeout;
 
@@ -321,16 +446,11 @@ await_news(PyObject *Py_UNUSED(module), PyObject *args)
     wait[count] = (struct pollfd){.fd = main_pipe_reader(), .events = POLLIN};
     if (!PyErr_Occurred()) {
         Py_BEGIN_ALLOW_THREADS
-        if (held) {
-            pthread_sigmask(SIG_SETMASK, &open_mask, &blocked);
-        }
         if (poll(wait, (nfds_t)count + 1, timeout) > 0 && wait[count].revents != 0) {
             empty_main_pipe();
         }
-        if (held) {
-            pthread_sigmask(SIG_SETMASK, &blocked, NULL);
-        }
         Py_END_ALLOW_THREADS
+        tell_python(); /* after that: what comes now has filled the pipe again */
     }
     PyMem_Free(wait);
     return !PyErr_Occurred() && run_handlers() ? Py_NewRef(Py_None) : NULL;

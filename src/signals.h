@@ -26,6 +26,11 @@ void return_wakeup_fd(void);
 /* Pass on to the application's descriptor what Python wrote to ours. */
 void forward_signals(const char *bytes, ssize_t count);
 
+/* Around the fork of a worker, where none is for this moment; the worker goes on with
+ * _hold_signals(False). */
+void block_for_fork(void);
+void unblock_after_fork(void);
+
 /* milter._hold_signals, milter._await */
 PyObject *hold_signals(PyObject *module, PyObject *value);
 PyObject *await_news(PyObject *module, PyObject *args);

@@ -21,6 +21,7 @@
 #include "metrics.h"
 #include "process.h"
 #include "report.h"
+#include "signals.h"
 #include "socket.h"
 #include "wake.h"
 
@@ -183,12 +184,14 @@ PyObject *
 fork_worker(PyObject *Py_UNUSED(module), PyObject *serve)
 {
     PyObject *os = PyImport_ImportModule("os");
-    PyObject *pid = os == NULL ? NULL : PyObject_CallMethod(os, "fork", NULL);
-    PyObject *status;
+    PyObject *pid, *status;
     long code;
 
+    block_for_fork();
+    pid = os == NULL ? NULL : PyObject_CallMethod(os, "fork", NULL);
     Py_XDECREF(os);
     if (pid == NULL || PyLong_AsLong(pid) != 0) {
+        unblock_after_fork();
         return pid;
     }
     close_main_pipe(); /* the supervisor's */

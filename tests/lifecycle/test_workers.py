@@ -21,6 +21,7 @@ from support.lifecycle import (
     Held,
     Sending,
     at_once,
+    bits,
     wait_until,
 )
 
@@ -780,6 +781,43 @@ def test_a_handler_may_stop_the_filter(run_filter, action, status):
     assert filter_.stop() == status
     assert f"TERM in {filter_.pid}" in filter_.output
     assert f"finally in {filter_.pid}" in filter_.output
+
+
+def started_by(filter_, whom: object) -> set[tuple[str, frozenset[int]]]:
+    """What was started there, and which signals it has blocked."""
+    filter_.wait_for(f"thread by {whom}, blocked:")
+    lines = re.findall(rf"^(\w+) by {whom}, blocked: (\w+)", filter_.output, re.MULTILINE)
+    return {(way, frozenset(bits(mask))) for way, mask in lines}
+
+
+@pytest.mark.parametrize("blocked", [(), ("WINCH",)])
+def test_what_a_handler_starts_has_the_signals_of_the_program(run_filter, blocked):
+    """In the supervisor as in the workers: programs, forks and threads."""
+    options = ["--block", *blocked] if blocked else []
+    filter_ = run_filter("workers", "--handle", "USR1", "show", *options)
+    pids = [filter_.pid, *workers_of(filter_, 2)]
+    os.kill(filter_.pid, signal.SIGUSR1)
+    mask = frozenset(getattr(signal, f"SIG{name}") for name in blocked)
+    for pid in pids:
+        ways = started_by(filter_, pid)
+        assert ways == {(way, mask) for way in ("subprocess", "spawn", "fork", "thread")}
+    assert filter_.stop() == 0, filter_.output
+
+
+def test_what_a_handler_of_the_log_starts_has_the_signals_of_the_program(run_filter):
+    filter_ = run_filter("workers", "--show-in-log")
+    filter_.wait_for("serves", 2)
+    assert {mask for _, mask in started_by(filter_, "log")} == {frozenset()}
+    assert filter_.stop() == 0, filter_.output
+
+
+def test_a_signal_to_a_thread_that_a_handler_started_is_not_lost(run_filter):
+    filter_ = run_filter("workers", "--handle", "USR1", "thread", "--handle", "USR2", "note")
+    workers_of(filter_, 2)
+    os.kill(filter_.pid, signal.SIGUSR1)
+    filter_.wait_for(f"thread is over in {filter_.pid}")
+    filter_.wait_for(f"USR2 in {filter_.pid}")
+    assert filter_.stop() == 0, filter_.output
 
 
 # --- refused ----------------------------------------------------------------------------------

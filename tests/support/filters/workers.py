@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -127,6 +128,68 @@ def init(how: str) -> None:
                 raise RuntimeError("no more connections")
 
 
+def show_mask(where: str) -> None:
+    """Which signals are blocked in what is started here."""
+    command = [sys.executable, "-I", "-c", "print(*open('/proc/self/status'), sep='')"]
+
+    def say_mask(way: str, status: str) -> None:
+        blocked = next(line.split()[1] for line in status.splitlines() if line[:6] == "SigBlk")
+        say(f"{way} by {where}, blocked:", blocked)
+
+    def own_status() -> str:
+        with open("/proc/thread-self/status", encoding="ascii") as file:
+            return file.read()
+
+    child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    say_mask("subprocess", child.stdout)
+    read, write = os.pipe()
+    actions = [(os.POSIX_SPAWN_DUP2, write, 1)]
+    spawned = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
+    os.close(write)
+    with open(read, encoding="ascii") as file:
+        say_mask("spawn", file.read())
+    os.waitpid(spawned, 0)
+    forked = os.fork()
+    if forked == 0:
+        say_mask("fork", own_status())
+        os._exit(0)
+    os.waitpid(forked, 0)
+    thread = threading.Thread(target=lambda: say_mask("thread", own_status()))
+    thread.start()
+    thread.join()
+
+
+class Showing(logging.Handler):
+    """What a handler of the log may start; it is told of each worker that serves."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "serves" in record.getMessage():
+            show_mask("log")
+
+
+def fork_from_handler(goes_on: bool) -> None:
+    child = os.fork()
+    if child == 0 and goes_on:
+        return
+    if child == 0:
+        say("waits:", os.getpid())
+        while True:
+            time.sleep(0.02)
+    status = os.waitpid(child, 0)[1]
+    say("waited:", os.waitstatus_to_exitcode(status))
+
+
+def take_signals_on_a_thread() -> None:
+    """A thread that is started by a handler, and gets a signal in the place of the first."""
+
+    def work() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
 def handle(name: str, action: str) -> None:
     def handler(_number: int, _frame: object) -> None:
         say(f"{name} in", os.getpid())
@@ -134,6 +197,13 @@ def handle(name: str, action: str) -> None:
             Milter.stop()
         elif action == "exit":
             sys.exit(5)
+        elif action == "show":
+            show_mask(str(os.getpid()))
+        elif action in ("fork", "fork-on"):
+            fork_from_handler(action == "fork-on")
+        elif action == "thread":
+            take_signals_on_a_thread()
+            say("thread is over in", os.getpid())
 
     signal.signal(getattr(signal, f"SIG{name}"), handler)
 
@@ -167,6 +237,8 @@ def main() -> None:
     parser.add_argument("--uid", type=int)
     parser.add_argument("--grace", type=float)
     parser.add_argument("--directory")
+    parser.add_argument("--block")
+    parser.add_argument("--show-in-log", action="store_true")
     options = parser.parse_args()
     if options.uid:
         # That user may not be able to read what is imported later.
@@ -179,6 +251,10 @@ def main() -> None:
     if options.directory:
         kept.append(tempfile.TemporaryDirectory(prefix="program-", dir=options.directory))
     logging.basicConfig(level="INFO", format="%(process)d %(name)s %(levelname)s %(message)s")
+    if options.block:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {getattr(signal, f"SIG{options.block}")})
+    if options.show_in_log:
+        logging.getLogger().addHandler(Showing())
     for name, action in options.handle:
         handle(name, action)
     if options.end_in_the_middle:
