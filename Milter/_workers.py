@@ -207,6 +207,7 @@ class _Supervisor:
         self._signal_hook = on_signal
         self._next_beat: float | None = None
         self._told_of_ready = False
+        self._pid = os.getpid()
         self._stop = False
         self._stopping = False
         self._deadline = 0.0
@@ -234,7 +235,11 @@ class _Supervisor:
             while not self._has_ended():
                 try:
                     self._turn()
+                    if self._is_child():
+                        return
                 except BaseException as exc:
+                    if self._is_child():
+                        raise
                     self._raised = self._raised or exc
                     self._stop = True
                     self._failures += 1
@@ -274,12 +279,20 @@ class _Supervisor:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler)
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._is_child():  # it ends as it would without a filter
+            signal.signal(number, self._handlers[number])
+            signal.raise_signal(number)
+            return
         self._stop = True
         if self._signal_hook is not None:
             self._signal_hook()
             if self._stopping:
                 self._set_deadline()  # it may have less patience than before
+
+    def _is_child(self) -> bool:
+        """Whether a handler forked, and this is the child: the filter is the parent's."""
+        return os.getpid() != self._pid
 
     def _has_ended(self) -> bool:
         return self._stopping and not any(worker.pid for worker in self._workers)
@@ -324,7 +337,9 @@ class _Supervisor:
         timeout = -1 if not times else int(max(0.0, min(times) - now) * 1000) + 1
         try:
             milter._await(descriptors, min(timeout, 1_000_000_000))
-        except BaseException as exc:  # noqa: BLE001 - of a handler: it ends the filter, in order
+        except BaseException as exc:  # of a handler: it ends the filter, in order
+            if self._is_child():
+                raise
             self._raised = self._raised or exc
             self._stop = True
 

@@ -811,6 +811,29 @@ def test_what_a_handler_of_the_log_starts_has_the_signals_of_the_program(run_fil
     assert filter_.stop() == 0, filter_.output
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_child_that_a_handler_forks_ends_by_a_signal(run_filter, number):
+    filter_ = run_filter("workers", "--handle", "WINCH", "fork")
+    workers_of(filter_, 2)
+    os.kill(filter_.pid, signal.SIGWINCH)
+    os.kill(int(filter_.wait_for("waits:").split()[-1]), number)
+    assert filter_.wait_for("waited:") == f"waited: {-number}"
+    assert send(filter_).accepted
+    assert filter_.stop() == 0, filter_.output
+
+
+def test_a_child_that_a_handler_forks_is_no_supervisor(run_filter):
+    """There the call returns; the filter goes on."""
+    filter_ = run_filter("workers", "--handle", "WINCH", "fork-on")
+    pids = workers_of(filter_, 2)
+    os.kill(filter_.pid, signal.SIGWINCH)
+    assert filter_.wait_for("waited:") == "waited: 0"
+    assert filter_.output.count("finally in") == 1
+    assert children(filter_.pid) == pids
+    assert send(filter_).accepted
+    assert filter_.stop() == 0, filter_.output
+
+
 def test_a_signal_to_a_thread_that_a_handler_started_is_not_lost(run_filter):
     filter_ = run_filter("workers", "--handle", "USR1", "thread", "--handle", "USR2", "note")
     workers_of(filter_, 2)
