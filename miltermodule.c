@@ -572,6 +572,7 @@ static PyMethodDef milter_functions[] = {
     {"_close_gate", close_gate, METH_NOARGS, NULL},
     {"_after_fork_in_child", after_fork_in_child, METH_NOARGS, NULL},
     {"_share_socket", share_open_socket, METH_O, NULL},
+    {"_end_sharing", end_sharing, METH_NOARGS, NULL},
     {"_listening_socket", duplicate_listener, METH_NOARGS, NULL},
     {"_accepts", accepts_connections, METH_NOARGS, NULL},
     {"_is_stopped", tell_if_stopped, METH_NOARGS, NULL},

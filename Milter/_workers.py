@@ -258,6 +258,8 @@ class _Supervisor:
             gc.freeze()
             stack.callback(gc.unfreeze)
         milter._share_socket(len(self._workers))
+        stack.callback(milter._end_sharing)
+        stack.callback(milter._forget_stop)  # another that came while the workers ended
         self._reports = _pipe(stack)
         self._wakeup = _pipe(stack)
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)

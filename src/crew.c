@@ -22,35 +22,62 @@ typedef struct {
     atomic_ulong taken;   /* connections, by any of them */
     atomic_int drain_ms;  /* the longest that any process wants */
     atomic_int patience_ms;
-    int count;
-    Worker workers[];
+    Worker workers[MAX_WORKERS];
 } Crew;
 
 static atomic_ulong own_numbers;
 static atomic_ulong *numbers = &own_numbers;
-static Crew *crew;
-static Worker *me; /* NULL but in a worker */
+static Crew *crew;             /* once there is one, it is kept for the next */
+static atomic_int crew_places; /* 0: there is no crew now */
+static Worker *me;             /* NULL but in a worker */
+
+/* Numbers go on where the one before, or this process, had come to. */
+static bool
+map_crew(void)
+{
+    void *memory =
+        mmap(NULL, sizeof(Crew), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+    if (memory == MAP_FAILED) {
+        return false;
+    }
+    crew = memory;
+    atomic_store(&crew->numbers, atomic_load(numbers));
+    numbers = &crew->numbers;
+    return true;
+}
 
 int
 make_crew(int count)
 {
-    void *memory = mmap(NULL, sizeof(Crew) + (size_t)count * sizeof(Worker), PROT_READ | PROT_WRITE,
-                        MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-
-    if (memory == MAP_FAILED) {
+    if (crew == NULL && !map_crew()) {
         return errno;
     }
-    crew = memory;
-    crew->count = count;
-    atomic_store(&crew->numbers, atomic_load(numbers));
-    numbers = &crew->numbers;
+    for (int i = 0; i < count; i++) {
+        leave_crew(i);
+    }
+    atomic_store(&crew->drain_ms, 0);
+    atomic_store(&crew->patience_ms, 0);
+    atomic_store(&crew_places, count);
     return 0;
+}
+
+void
+end_crew(void)
+{
+    atomic_store(&crew_places, 0);
+}
+
+static bool
+is_there_a_crew(void)
+{
+    return atomic_load(&crew_places) > 0;
 }
 
 bool
 is_place_in_crew(long index)
 {
-    return crew != NULL && index >= 0 && index < crew->count;
+    return index >= 0 && index < atomic_load(&crew_places);
 }
 
 void
@@ -91,7 +118,7 @@ has_too_many(void)
 {
     long mine = atomic_load(&me->connections), least = LONG_MAX;
 
-    for (int i = 0; i < crew->count; i++) {
+    for (int i = 0; i < atomic_load(&crew_places); i++) {
         Worker *other = &crew->workers[i];
         if (other != me && atomic_load(&other->serving) && !atomic_load(&other->slow)) {
             long theirs = atomic_load(&other->connections);
@@ -107,7 +134,7 @@ call_others_slow(void)
 {
     long mine = atomic_load(&me->connections);
 
-    for (int i = 0; i < crew->count; i++) {
+    for (int i = 0; i < atomic_load(&crew_places); i++) {
         Worker *other = &crew->workers[i];
         if (other != me && atomic_load(&other->connections) < mine) {
             atomic_store(&other->slow, true);
@@ -146,7 +173,7 @@ share_drain_timeout(int wanted)
 {
     int known;
 
-    if (crew != NULL) {
+    if (is_there_a_crew()) {
         known = atomic_load(&crew->drain_ms);
         while (known < wanted && !atomic_compare_exchange_weak(&crew->drain_ms, &known, wanted)) {
         }
@@ -156,13 +183,13 @@ share_drain_timeout(int wanted)
 int
 longest_drain_timeout(void)
 {
-    return atomic_load(crew != NULL ? &crew->drain_ms : &process_flags.drain_ms);
+    return atomic_load(is_there_a_crew() ? &crew->drain_ms : &process_flags.drain_ms);
 }
 
 bool
 crew_serves(void)
 {
-    for (int i = 0; crew != NULL && i < crew->count; i++) {
+    for (int i = 0; i < atomic_load(&crew_places); i++) {
         if (atomic_load(&crew->workers[i].serving)) {
             return true;
         }
@@ -173,13 +200,13 @@ crew_serves(void)
 void
 set_patience(int milliseconds)
 {
-    atomic_store(crew != NULL ? &crew->patience_ms : &process_flags.patience_ms, milliseconds);
+    atomic_store(is_there_a_crew() ? &crew->patience_ms : &process_flags.patience_ms, milliseconds);
 }
 
 int
 patience(void)
 {
-    return atomic_load(crew != NULL ? &crew->patience_ms : &process_flags.patience_ms);
+    return atomic_load(is_there_a_crew() ? &crew->patience_ms : &process_flags.patience_ms);
 }
 
 unsigned long

@@ -10,6 +10,9 @@
 /* In the process that forks the others: make room for so many.  0, or an errno. */
 int make_crew(int count);
 
+/* There, once all have ended. */
+void end_crew(void);
+
 /* Is `index` the place of a worker?  False as well where there is no crew. */
 bool is_place_in_crew(long index);
 

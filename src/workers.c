@@ -148,6 +148,15 @@ share_socket(PyObject *module, PyObject *value, bool is_open)
     Py_RETURN_NONE;
 }
 
+/* _end_sharing(): in the supervisor, once all workers have ended; another filter may follow. */
+PyObject *
+end_sharing(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
+{
+    end_crew();
+    supervisor = 0;
+    Py_RETURN_NONE;
+}
+
 /* _become_worker(index, lifeline, report): in the child, after the fork.  The socket's path is
  * the supervisor's to remove. */
 PyObject *

@@ -20,6 +20,7 @@ void forget_supervisor(void);
 
 /* milter._share_socket and the like; the first one is told whether the socket is open. */
 PyObject *share_socket(PyObject *module, PyObject *value, bool is_open);
+PyObject *end_sharing(PyObject *module, PyObject *ignored);
 PyObject *become_worker(PyObject *module, PyObject *args);
 PyObject *fork_worker(PyObject *module, PyObject *serve);
 PyObject *worker_gone(PyObject *module, PyObject *value);

@@ -385,6 +385,67 @@ def test_a_process_that_has_served_may_fork_what_serves_next(run_filter, how):
     assert running.stop() == 0
 
 
+RUNS = [(2, 2), (2, 1), (1, 2), (2, 4, 1, 3)]
+
+
+@pytest.mark.engine("native")
+@pytest.mark.parametrize("runs", RUNS, ids=lambda runs: "-".join(map(str, runs)))
+def test_filters_with_and_without_workers_follow_each_other(run_filter, runs):
+    """In one process, as our own engine serves again; numbers go on."""
+    again = [word for count in runs[1:] for word in ("--again", str(count))]
+    filter_ = run_filter("workers", "--workers", str(runs[0]), *again)
+    numbers = []
+    for run, count in enumerate(runs, 1):
+        if count > 1:
+            filter_.wait_for(") serves", sum(each for each in runs[:run] if each > 1))
+        serving = children(filter_.pid) or [filter_.pid]
+        assert len(serving) == count
+        seen = set()
+
+        def all_have_one(serving=serving, seen=seen) -> bool:
+            with contextlib.ExitStack() as stack:
+                mtas = [stack.enter_context(filter_.mta()) for _ in serving]
+                for mta in mtas:
+                    result = mta.send(MESSAGE, recipients=RECIPIENTS)
+                    seen.add(int(header(result, "X-Worker")))
+                    numbers.append(int(header(result, "X-Number")))
+            return seen == set(serving)
+
+        wait_until(all_have_one, "messages by all workers")
+        if run < len(runs):
+            with contextlib.closing(filter_.mta()) as mta:
+                mta.send(MESSAGE, sender="<stop@example.com>", recipients=RECIPIENTS)
+            filter_.wait_for(f"has run with {count}", runs[:run].count(count))
+    assert len(set(numbers)) == len(numbers)
+    assert filter_.stop() == 0, filter_.output
+
+
+@pytest.mark.engine("native")
+def test_a_stop_while_workers_end_is_not_for_the_next_filter(run_filter, directory):
+    hold = Held(directory, "eom")
+    with contextlib.closing(hold):
+        filter_ = run_filter(
+            "workers",
+            *("--hold", f"{directory}/eom.fifo", "--handle", "WINCH", "stop", "--again", "2"),
+        )
+        workers_of(filter_, 2)
+        with contextlib.closing(filter_.mta()) as mta:
+            message = Sending(mta)
+            filter_.wait_for("holds in")
+            for count in (1, 2):
+                filter_.process.send_signal(signal.SIGWINCH)
+                filter_.wait_for("WINCH in", count)
+                wait_until(lambda: len(children(filter_.pid)) == 1, "the idle worker ends")
+            hold.release()
+            assert message.result().accepted
+        filter_.wait_for(") serves", 4)
+        with contextlib.closing(filter_.mta()) as mta:
+            message = Sending(mta)
+            hold.release()
+            assert message.result().accepted
+    assert filter_.stop() == 0, filter_.output
+
+
 def test_a_child_that_a_callback_forks_is_no_worker(run_filter):
     filter_ = run_filter("workers")
     with filter_.mta() as mta:

@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--grace", type=float)
     parser.add_argument("--directory")
     parser.add_argument("--block")
+    parser.add_argument("--again", type=int, action="append", default=[])
     parser.add_argument("--show-in-log", action="store_true")
     options = parser.parse_args()
     if options.uid:
@@ -266,14 +267,16 @@ def main() -> None:
     atexit.register(say, "end of the program in", os.getpid())
     say("program", os.getpid())
     try:
-        Milter.runmilter(
-            "workers",
-            options.socket,
-            drain_timeout=options.drain,
-            workers=options.workers,
-            pin_workers=options.pin,
-            worker_init=(lambda: init(options.init)) if options.init else None,
-        )
+        for workers in (options.workers, *options.again):
+            Milter.runmilter(
+                "workers",
+                options.socket,
+                drain_timeout=options.drain,
+                workers=workers,
+                pin_workers=options.pin,
+                worker_init=(lambda: init(options.init)) if options.init else None,
+            )
+            say("has run with", workers)
     except milter.error as exc:
         say("failed:", exc)
         sys.exit(2)
