@@ -543,6 +543,31 @@ close_gate(PyObject *module, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
+/* CPython before 3.11.8 and 3.12.2: where the thread that forked is an engine's, and threading
+ * knows of it, as it logged for one, it is the main thread from now on but cannot end as such,
+ * which all that waits for the threads of the child trips over.  There it becomes what it would be,
+ * had threading not known of it.  Errors are cleared: the end of the child tells of them. */
+static void
+become_main_thread(void)
+{
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *kind = threading == NULL ? NULL : PyObject_GetAttrString(threading, "_DummyThread");
+    PyObject *thread = kind == NULL ? NULL : PyObject_GetAttrString(threading, "_main_thread");
+    PyObject *made = NULL;
+
+    if (thread != NULL && (PyObject *)Py_TYPE(thread) == kind) {
+        made = PyObject_CallMethod(threading, "_MainThread", NULL);
+    }
+    if (made != NULL) {
+        PyObject_SetAttrString(threading, "_main_thread", made);
+    }
+    PyErr_Clear();
+    Py_XDECREF(made);
+    Py_XDECREF(thread);
+    Py_XDECREF(kind);
+    Py_XDECREF(threading);
+}
+
 /* Registered with os.register_at_fork: the filter is the parent's.  The engine's threads are not
  * here, so nothing will end what they began, and the socket is not ours to remove.  Where a filter
  * has ended and the next one is being set up, nothing was begun: the child may go on with that. */
@@ -563,6 +588,7 @@ after_fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
     forget_threads();
     atomic_store(&process_flags.forked, true);
     forget_supervisor();
+    become_main_thread();
     Py_RETURN_NONE;
 }
 

@@ -594,6 +594,43 @@ def test_a_child_that_a_callback_forks(run_filter: Run, stage: str, does: str, s
     assert "main returned" in running.output
 
 
+FORK_KNOWN = """
+import logging, multiprocessing, os, sys, threading
+logging.getLogger("app").warning("threading knows this thread")
+child = os.fork()
+if child == 0:
+    def wait():
+        threading.main_thread().join()
+        say("the main thread has ended", threading.main_thread().name)
+    threading.Thread(target=wait).start()
+    {does}
+    return milter.REJECT
+say("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+process = multiprocessing.get_context("fork").Process(target=say, args=["in a process"])
+process.start()
+process.join()
+say("ended", process.exitcode)
+"""
+
+
+@pytest.mark.parametrize(("does", "status"), [("pass", 0), ("sys.exit(5)", 5)])
+def test_a_child_that_is_forked_by_a_thread_that_has_logged(
+    run_filter: Run, does: str, status: int
+) -> None:
+    """It ends as a main thread does: its threads are waited for, and nothing fails."""
+    running = run_filter("scripted")
+    with session(running, eom=FORK_KNOWN.format(does=does)) as each:
+        assert each.message().verdict is Verdict.CONTINUE
+    assert each.said() == [
+        ("the main thread has ended", "MainThread"),
+        ("ended", status),
+        ("in a process",),
+        ("ended", 0),
+    ]
+    assert running.stop() == 0
+    assert "Error" not in running.output
+
+
 FORK_BESIDE = """
 import os, signal, threading
 body = threading.Thread(target=ctx.replacebody, args=(b"x" * (16 << 20),))
