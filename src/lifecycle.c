@@ -99,14 +99,24 @@ stop_with(PyObject *module, PyObject *exception)
     Py_RETURN_NONE;
 }
 
+static PyObject *
+exchange_when_serving(module_state *state, PyObject *call)
+{
+    PyObject *before;
+
+    LOCK_STATE();
+    before = state->when_serving;
+    state->when_serving = call;
+    UNLOCK_STATE();
+    return before;
+}
+
 /* _when_serving(call): what the next main() calls as soon as the filter serves and signals are
  * handled as they will be; before, libmilter's own thread may take one. */
 PyObject *
 when_serving(PyObject *module, PyObject *call)
 {
-    module_state *state = PyModule_GetState(module);
-
-    Py_XSETREF(state->when_serving, Py_NewRef(call));
+    Py_XDECREF(exchange_when_serving(PyModule_GetState(module), Py_NewRef(call)));
     Py_RETURN_NONE;
 }
 
@@ -114,12 +124,11 @@ when_serving(PyObject *module, PyObject *call)
 static void
 tell_that_it_serves(module_state *state)
 {
-    PyObject *call = state->when_serving, *result;
+    PyObject *call = exchange_when_serving(state, NULL), *result;
 
     if (call == NULL) {
         return;
     }
-    state->when_serving = NULL;
     result = PyObject_CallNoArgs(call);
     Py_DECREF(call);
     if (result == NULL) {

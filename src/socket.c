@@ -19,10 +19,16 @@
 
 static char *conn; /* as given to setconn() */
 
-/* Of a unix socket: its absolute path, and what stood there after it was bound. */
-static char *bound_path;
-static dev_t bound_device;
-static ino_t bound_inode;
+/* Of a unix socket: its absolute path, and what stood there after it was bound.  One thread may
+ * remove it while another has handed it over: guarded by LOCK_STATE(), and whoever frees the path
+ * has taken it out. */
+typedef struct {
+    char *path; /* NULL: there is none */
+    dev_t device;
+    ino_t inode;
+} BoundSocket;
+
+static BoundSocket bound;
 
 /* ------------------------------------------------------------------- its name */
 
@@ -272,27 +278,41 @@ raise_failure(module_state *state, const SocketName *name)
 
 /* ----------------------------------------------------------------- opening it */
 
+static BoundSocket
+exchange_bound(BoundSocket next)
+{
+    BoundSocket before;
+
+    LOCK_STATE();
+    before = bound;
+    bound = next;
+    UNLOCK_STATE();
+    return before;
+}
+
 /* Remember what was bound, so that at stop only that is removed, wherever the process is then. */
 static void
 note_unix_socket(const char *path)
 {
+    BoundSocket now = {.path = NULL};
     struct stat status;
     char directory[4096];
 
     if (path[0] == '/' || getcwd(directory, sizeof directory) == NULL) {
-        bound_path = strdup(path);
+        now.path = strdup(path);
     }
     else {
         size_t size = strlen(directory) + strlen(path) + 2;
-        bound_path = malloc(size);
-        if (bound_path != NULL) {
-            snprintf(bound_path, size, "%s/%s", directory, path);
+        now.path = malloc(size);
+        if (now.path != NULL) {
+            snprintf(now.path, size, "%s/%s", directory, path);
         }
     }
-    if (bound_path != NULL && lstat(bound_path, &status) == 0) {
-        bound_device = status.st_dev;
-        bound_inode = status.st_ino;
+    if (now.path != NULL && lstat(now.path, &status) == 0) {
+        now.device = status.st_dev;
+        now.inode = status.st_ino;
     }
+    free(exchange_bound(now).path);
 }
 
 static int listener = -1;
@@ -342,18 +362,18 @@ open_socket(module_state *state, bool remove_old)
 void
 remove_unix_socket(void)
 {
+    BoundSocket ours = exchange_bound((BoundSocket){.path = NULL});
     struct stat status;
 
-    if (bound_path != NULL && lstat(bound_path, &status) == 0 && S_ISSOCK(status.st_mode) &&
-        status.st_dev == bound_device && status.st_ino == bound_inode) {
-        unlink(bound_path);
+    if (ours.path != NULL && lstat(ours.path, &status) == 0 && S_ISSOCK(status.st_mode) &&
+        status.st_dev == ours.device && status.st_ino == ours.inode) {
+        unlink(ours.path);
     }
-    forget_unix_socket();
+    free(ours.path);
 }
 
 void
 forget_unix_socket(void)
 {
-    free(bound_path);
-    bound_path = NULL;
+    free(exchange_bound((BoundSocket){.path = NULL}).path);
 }
