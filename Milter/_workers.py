@@ -14,6 +14,7 @@ import gc
 import logging
 import operator
 import os
+import select
 import signal
 import stat
 import struct
@@ -144,6 +145,8 @@ def supervise(
     on_beat: Callable[[], object] | None = None,
     beat: float | None = None,
     on_signal: Callable[[], object] | None = None,
+    news: int = -1,
+    on_news: Callable[[], bool] | None = None,
 ) -> None:
     """Serve on the open socket with so many processes; returns when all have ended.
 
@@ -157,13 +160,17 @@ def supervise(
         beat: see there; None means never.
         on_signal: called here for each signal that asks for a stop. With it, these signals go on
             to be handled so after this has returned.
+        news: a descriptor to watch, or -1.
+        on_news: called here when that can be read, until it returns False.
 
     Raises:
         milter.error: the workers die at once, again and again; or one did not end well when
             all were stopped.
         SystemExit: ``sys.exit()`` was called in a callback.
     """
-    _Supervisor(count, worker_init, pin, on_ready, on_stop, on_beat, beat, on_signal).run()
+    _Supervisor(
+        count, worker_init, pin, on_ready, on_stop, on_beat, beat, on_signal, news, on_news
+    ).run()
 
 
 class _Worker:
@@ -196,6 +203,8 @@ class _Supervisor:
         on_beat: Callable[[], object] | None,
         beat: float | None,
         on_signal: Callable[[], object] | None,
+        news: int,
+        on_news: Callable[[], bool] | None,
     ) -> None:
         self._workers = [_Worker(number) for number in range(count)]
         self._worker_init = worker_init
@@ -205,6 +214,8 @@ class _Supervisor:
         self._on_beat = on_beat
         self._beat = beat
         self._signal_hook = on_signal
+        self._news = news
+        self._on_news = on_news
         self._next_beat: float | None = None
         self._told_of_ready = False
         self._pid = os.getpid()
@@ -303,6 +314,7 @@ class _Supervisor:
         """Do what is due, then wait for news."""
         # First: workers that are told to stop otherwise would run their handlers as they end.
         self._pass_on(_read(self._wakeup[0]))
+        self._take_news()
         self._read_reports()
         for worker in self._workers:
             if worker.pid:
@@ -331,6 +343,7 @@ class _Supervisor:
         times += [self._deadline] if self._stopping else []
         times += [] if self._next_beat is None else [self._next_beat]
         descriptors = [self._reports[0], self._wakeup[0]]
+        descriptors += [self._news] if self._news >= 0 else []
         for worker in self._workers:
             if worker.pidfd >= 0:
                 descriptors.append(worker.pidfd)
@@ -344,6 +357,17 @@ class _Supervisor:
                 raise
             self._raised = self._raised or exc
             self._stop = True
+
+    def _take_news(self) -> None:
+        if self._news < 0 or self._on_news is None:
+            return
+        poll = select.poll()
+        poll.register(self._news, select.POLLIN)
+        if poll.poll(0):
+            if not self._on_news():
+                self._news = -1
+            if self._stopping:
+                self._set_deadline()  # as after a signal
 
     def _pass_on(self, numbers: bytes) -> None:
         """Pass signals on to the workers, where the application has a handler for them."""

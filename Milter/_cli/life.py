@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -35,7 +34,6 @@ class Life:
         generation: Generation | None,
         leave: Callable[[], object],
     ) -> None:
-        self._pid = os.getpid()
         self._generation = generation
         self._leave = leave
         self.notifier = generation or Notifier()
@@ -52,21 +50,29 @@ class Life:
         """The filter serves from now on: tell whoever waits for that."""
         self.notifier.ready(status, feed=not workers)
         if self._generation is not None and not workers:
-            self._generation.watch(self._stop_here)
+            self._generation.watch(self._give_way, self._stop_here)
 
     # --- for the supervisor of workers -----------------------------------------------------
 
     @property
     def beat(self) -> float | None:
         """How often the supervisor is to call :meth:`on_beat`, in seconds; None for never."""
-        return self.notifier.interval if self._generation is None else self._generation.beat
+        return self.notifier.interval
 
     def on_beat(self) -> None:
         """Give a sign of life."""
-        if self._generation is not None:
-            self._generation.look(self._stop_here)
-        elif not self.has_handed_over():
+        if not self.has_handed_over():
             self.notifier.alive()
+
+    @property
+    def news(self) -> int:
+        """The descriptor that can be read when :meth:`on_news` is to be called, or -1."""
+        return -1 if self._generation is None else self._generation.descriptor
+
+    def on_news(self) -> bool:
+        """Do what the overseer says; whether it may say more."""
+        assert self._generation is not None
+        return self._generation.take_order(self._give_way, self._stop_here)
 
     def on_stop(self) -> None:
         """The workers are about to be stopped; after a reload, others serve."""
@@ -84,6 +90,14 @@ class Life:
         milter._hand_over(0)
         Milter.stop()
 
+    def _give_way(self) -> None:
+        """The next generation serves."""
+        self._leave()
+        milter._hand_over(int(PATIENCE * 1000))
+        Milter.stop()
+        assert self._generation is not None
+        self._generation.tell_when_deaf()
+
     # --- signals ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -95,9 +109,7 @@ class Life:
         handlers = {} if workers else {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop}
         if self._overseer is not None:
             handlers[signal.SIGHUP] = self._overseer.on_hangup
-        elif self._generation is not None:
-            handlers[signal.SIGHUP] = self._retire
-        elif not workers:
+        elif self._generation is None and not workers:
             handlers[signal.SIGHUP] = self._on_stop
         previous = {}
         for number, handler in handlers.items():
@@ -120,15 +132,6 @@ class Life:
         self.notifier.stopping()
         self.on_signal()
         Milter.stop()
-
-    def _retire(self, _number: int, _frame: FrameType | None) -> None:
-        """The next generation serves."""
-        if os.getpid() == self._pid:  # a worker has a supervisor that knows
-            self._leave()
-            milter._hand_over(int(PATIENCE * 1000))
-            Milter.stop()
-            if self._generation is not None:
-                self._generation.tell_when_deaf()
 
     # --- the end ---------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ overseer passes on what the generations tell systemd. Where a generation cannot 
 nothing has changed for the one before.
 
 A generation is told by its environment what it has inherited. It tells the overseer by packets on
-a socket what it would tell systemd; that the overseer is gone, it knows by the end of that socket.
-SIGHUP to a generation means that the next one serves.
+a socket what it would tell systemd. On the same socket it is told that the next one serves; that
+the overseer is gone, it knows by the end of it. SIGHUP means nothing to a generation: where each
+process of a service gets one, the overseer has it too.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ _LOOK = 1.0
 #: The same where it takes a moment.
 _GLANCE = 0.005
 
+#: The overseer's order to a generation: another one serves.
+_GIVE_WAY = b"GIVE WAY"
+
 
 def is_possible() -> bool:
     """Whether this system has the sockets that it takes."""
@@ -70,7 +74,6 @@ class Generation(Notifier):
         self.number, self.listener = number, listener
         self._socket = socket.socket(fileno=overseer)
         self._interval = interval or None
-        self._parent = os.getppid()
 
     @classmethod
     def take(cls, environment: MutableMapping[str, str] = os.environ) -> Generation | None:
@@ -79,7 +82,9 @@ class Generation(Notifier):
         number, listener, overseer, interval = [*text.split(":"), "", "", ""][:4]
         if not text:
             return None
-        # A thread of the overseer's started it, and that may hold all signals back.
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, _leave_to_overseer)
+        # A thread of the overseer's started it, which holds SIGHUP back, and may all others.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         for each in (int(listener), int(overseer)):
             os.set_inheritable(each, False)
@@ -89,17 +94,44 @@ class Generation(Notifier):
         """Tell why there will be none of this generation."""
         self.notify(f"FAILED={reason}")
 
-    def watch(self, stop: Callable[[], object]) -> None:
-        """Stop when the overseer is gone; by a thread."""
+    def notify(self, state: str) -> None:
+        """Tell the overseer; where it is gone, nobody."""
         overseer = self._socket
-        assert overseer is not None
-
-        def wait() -> None:
+        if overseer is not None:
             with contextlib.suppress(OSError):
-                overseer.recv(1)
-            stop()
+                overseer.send(state.encode())
 
-        threading.Thread(target=wait, name="overseer", daemon=True).start()
+    @property
+    def descriptor(self) -> int:
+        """It can be read when :meth:`take_order` is to be called."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    def take_order(self, give_way: Callable[[], object], stop: Callable[[], object]) -> bool:
+        """Do what the overseer says, once it says something; whether it may say more.
+
+        :param give_way: called where the next generation serves.
+        :param stop: called where the overseer is gone.
+        """
+        assert self._socket is not None
+        try:
+            order = self._socket.recv(100)
+        except OSError:
+            order = b""
+        if order == _GIVE_WAY:
+            give_way()
+        elif not order:
+            stop()
+        return bool(order)
+
+    def watch(self, give_way: Callable[[], object], stop: Callable[[], object]) -> None:
+        """Take all orders, by a thread."""
+
+        def take_orders() -> None:
+            while self.take_order(give_way, stop):
+                pass
+
+        threading.Thread(target=take_orders, name="overseer", daemon=True).start()
 
     def tell_when_deaf(self) -> None:
         """Tell when no new connection can come here any more; by a thread."""
@@ -111,17 +143,9 @@ class Generation(Notifier):
 
         threading.Thread(target=wait, name="deaf", daemon=True).start()
 
-    def look(self, stop: Callable[[], object]) -> None:
-        """The same, from time to time, where no thread may run; and give a sign of life."""
-        if os.getppid() != self._parent:
-            stop()
-        elif self._interval is not None:
-            self.alive()
 
-    @property
-    def beat(self) -> float:
-        """How often :meth:`look` is to be called, in seconds."""
-        return min(self._interval or _LOOK, _LOOK)
+def _leave_to_overseer(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 # --- the overseer ---------------------------------------------------------------------------------
@@ -138,8 +162,12 @@ class _Child:
     def __str__(self) -> str:
         return f"generation {self.number} (pid {self.process.pid})"
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)  # never to another process: it looks first
+    def give_way(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self.status.send(_GIVE_WAY)
+
+    def stop(self) -> None:
+        self.process.terminate()  # never another process: it looks first
 
     def kill(self) -> None:
         self.process.kill()
@@ -236,6 +264,8 @@ class Overseer:
     # --- on the overseer's thread ---------------------------------------------------------
 
     def _run(self) -> None:
+        # What is started begins with this, and a signal that comes then does not end it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             while True:
                 self._wait_for_news()
@@ -357,7 +387,7 @@ class Overseer:
         self._next = None
         before, self._current = self._current, child
         if before is not None:
-            before.signal(signal.SIGHUP)
+            before.give_way()
             self._old.append(before)
         else:
             self._retire()
@@ -427,7 +457,7 @@ class Overseer:
                     os.unlink(self._path)
         self._close_listener()
         for child in self._children():
-            child.signal(signal.SIGTERM)
+            child.stop()
 
     def _close_listener(self) -> None:
         if self._listener >= 0:

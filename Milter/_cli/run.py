@@ -463,6 +463,8 @@ def _serve_with_workers(
         on_beat=life.on_beat,
         beat=life.beat,
         on_signal=life.on_signal,
+        news=life.news,
+        on_news=life.on_news,
     )
 
 

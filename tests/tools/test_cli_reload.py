@@ -455,3 +455,63 @@ def test_generations_end_with_the_process_that_was_started(start: Start, place: 
         assert select.select([generation], [], [], WAIT)[0]
     finally:
         os.close(generation)
+
+
+#: Code that takes its time to import, for as long as the test wants.
+SLOW = """
+import os, time
+
+until = time.monotonic() + 20
+while os.path.exists("wait") and time.monotonic() < until:
+    open("waits", "w").close()
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_signal_to_every_process(start: Start, place: Path, workers: str) -> None:
+    """As of ``systemctl kill -s HUP``: who serves goes on until the next generation does."""
+    filter_ = start("--workers", workers)
+    filter_.mta().close()
+    reload(filter_, 1)
+    write(place, "3", SLOW)
+    (place / "wait").touch()
+    os.killpg(filter_.pid, signal.SIGHUP)
+    filter_.wait_for("generation 3 is started")
+
+    def begins() -> bool:
+        os.killpg(filter_.pid, signal.SIGHUP)  # at each moment of its start
+        return (place / "waits").exists()
+
+    wait_until(begins, "the generation has not begun")
+    for _ in range(3):
+        with filter_.mta() as mta:
+            assert version(mta) == "1"
+    (place / "wait").unlink()
+    filter_.wait_for("generation 4 is started")
+    filter_.wait_for("milter.run: reloaded: generation 4")
+    with filter_.mta() as mta:
+        assert version(mta) == "3"
+    assert filter_.stop() == 0
+    assert "not reloaded" not in filter_.output
+
+
+SIGHUP_OF_ITS_OWN = """
+import signal
+
+signal.signal(signal.SIGHUP, lambda *_: open("hung up", "w").close())
+"""
+
+
+def test_a_generation_whose_code_handles_the_signal_gives_way(start: Start, place: Path) -> None:
+    filter_ = start()
+    filter_.mta().close()
+    write(place, "2", SIGHUP_OF_ITS_OWN)
+    reload(filter_, 1)
+    write(place, "3")
+    reload(filter_, 2)
+    with filter_.mta() as mta:
+        assert version(mta) == "3"
+    filter_.wait_for(") has ended")
+    assert filter_.stop() == 0
+    assert not (place / "hung up").exists()
