@@ -45,6 +45,8 @@ class Life:
         """To be called before the filter serves."""
         if self._overseer is not None:
             self._overseer.note_socket()
+        if self._generation is not None:
+            self._generation.check_overseer()
 
     def serves(self, status: str, workers: bool) -> None:
         """The filter serves from now on: tell whoever waits for that."""

@@ -32,7 +32,7 @@ import milter
 
 from .._logging import logger
 from .._systemd import Notifier
-from .common import FilterSocket, printable
+from .common import EXIT_ERROR, CommandError, FilterSocket, printable
 
 _log = logger("milter.run")
 
@@ -100,6 +100,21 @@ class Generation(Notifier):
         if overseer is not None:
             with contextlib.suppress(OSError):
                 overseer.send(state.encode())
+
+    def check_overseer(self) -> None:
+        """Refuse to serve where nobody oversees that.
+
+        :raises CommandError: the overseer is gone.
+        """
+        assert self._socket is not None
+        try:
+            is_there = bool(self._socket.recv(1, _PEEK))
+        except BlockingIOError:
+            is_there = True
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise CommandError("the process that was started has ended", EXIT_ERROR)
 
     @property
     def descriptor(self) -> int:

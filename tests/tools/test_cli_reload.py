@@ -515,3 +515,49 @@ def test_a_generation_whose_code_handles_the_signal_gives_way(start: Start, plac
     filter_.wait_for(") has ended")
     assert filter_.stop() == 0
     assert not (place / "hung up").exists()
+
+
+#: For an interpreter of a generation, before it runs anything.
+WAITING = """
+import os, time
+
+if "PYMILTER_GENERATION" in os.environ:
+    with open("waits.new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("waits.new", "waits")
+    until = time.monotonic() + 20
+    while os.path.exists("wait") and time.monotonic() < until:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_generation_that_starts_when_its_overseer_is_dead(
+    start: Start, place: Path, workers: str
+) -> None:
+    """It does not serve: nobody would stop or replace it."""
+    (place / "first").mkdir()
+    (place / "first" / "sitecustomize.py").write_text(WAITING)
+    (place / "wait").touch()
+    paths = [str(place / "first"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    filter_ = start("--workers", workers, env={"PYTHONPATH": os.pathsep.join(paths)})
+    filter_.mta().close()
+    filter_.wait_for(" serves on ")
+    reload(filter_, 1, "generation 2 is started")
+    wait_until((place / "waits").exists, "the generation has not begun")
+    pid = int((place / "waits").read_text())
+    generation = os.pidfd_open(pid)
+    try:
+        filter_.process.kill()
+        filter_.process.wait(WAIT)
+        (place / "wait").unlink()
+        try:
+            assert select.select([generation], [], [], WAIT)[0], filter_.output
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(generation, signal.SIGKILL)
+    finally:
+        os.close(generation)
+    filter_.wait()
+    assert filter_.output.count(" serves on ") == 1
+    assert "the process that was started has ended" in filter_.output
