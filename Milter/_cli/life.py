@@ -51,6 +51,8 @@ class Life:
     def serves(self, status: str, workers: bool) -> None:
         """The filter serves from now on: tell whoever waits for that."""
         self.notifier.ready(status, feed=not workers)
+        if self._overseer is not None:
+            self._overseer.serves()
         if self._generation is not None and not workers:
             self._generation.watch(self._give_way, self._stop_here)
 
@@ -103,15 +105,27 @@ class Life:
     # --- signals ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
+    def hangups(self) -> Iterator[None]:
+        """Take SIGHUP for a reload, also before the filter serves."""
+        overseer, before = self._overseer, signal.getsignal(signal.SIGHUP)
+        if overseer is None or before != signal.SIG_DFL:
+            yield
+            return
+        signal.signal(signal.SIGHUP, overseer.on_hangup)
+        try:
+            yield
+        finally:
+            if signal.getsignal(signal.SIGHUP) == overseer.on_hangup:
+                signal.signal(signal.SIGHUP, before)
+
+    @contextlib.contextmanager
     def signals(self, workers: bool) -> Iterator[None]:
         """Handle the signals for which the module has no handler.
 
         :param workers: those that ask for a stop are the supervisor's.
         """
         handlers = {} if workers else {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop}
-        if self._overseer is not None:
-            handlers[signal.SIGHUP] = self._overseer.on_hangup
-        elif self._generation is None and not workers:
+        if self._overseer is None and self._generation is None and not workers:
             handlers[signal.SIGHUP] = self._on_stop
         previous = {}
         for number, handler in handlers.items():

@@ -234,6 +234,7 @@ class Overseer:
         self._before: _Child | None = None  # takes new connections still
         self._news = ""  # to be told once nobody else does
         self._again = self._stopping = False
+        self._serves = self._is_asked = False
         self.has_handed_over = False
         self.status = 0
 
@@ -251,6 +252,9 @@ class Overseer:
             return  # a worker, whose supervisor knows
         if self._stopping:
             return
+        if not self._serves:
+            self._is_asked = True  # what was imported before may be old
+            return
         with self._lock:
             begins, self._runs = not self._runs, True
             if self._inbox[0] < 0:
@@ -259,6 +263,12 @@ class Overseer:
         if begins:
             self._thread = threading.Thread(target=self._run, name="overseer", daemon=True)
             self._thread.start()
+
+    def serves(self) -> None:
+        """This process serves: what asked for a reload before is due."""
+        self._serves = True
+        if self._is_asked:
+            self.on_hangup(signal.SIGHUP, None)
 
     def stop(self) -> None:
         """Stop all generations, and let this process have no more patience with connections."""

@@ -351,13 +351,24 @@ class _Output:
 
 def _serve(args: argparse.Namespace, generation: Generation | None, output: _Output) -> None:
     where = _parse_socket(args)
+    life = Life(args, where, generation, output.leave)
+    with life.hangups():
+        _serve_filter(args, where, generation, output, life)
+
+
+def _serve_filter(
+    args: argparse.Namespace,
+    where: FilterSocket,
+    generation: Generation | None,
+    output: _Output,
+    life: Life,
+) -> None:
     access = _access(where, args, generation)
     name = args.name or _module_name(args.filter)
     klass = Milter.factory = _load(args, generation)
     if where.kind == "unix" and generation is None:
         access.check_directory()
         _check_nobody_listens(where)
-    life = Life(args, where, generation, output.leave)
     _prepare(name, access.conn, args)
     if output.access_log is not None:
         output.access_log.attach(klass)

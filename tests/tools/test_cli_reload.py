@@ -261,6 +261,7 @@ def test_a_reload_after_a_stop_by_a_callback(start: Start, place: Path, workers:
     """It is none, and no error."""
     write(place, "1", STOPPED_BY_A_CALLBACK)
     filter_ = start("--workers", workers)
+    filter_.wait_for(" serves on ")  # or it is remembered until then
     with filter_.mta() as waiting, filter_.mta() as mta:
         for each in (waiting, mta):
             each.greet()
@@ -561,3 +562,25 @@ def test_a_generation_that_starts_when_its_overseer_is_dead(
     filter_.wait()
     assert filter_.output.count(" serves on ") == 1
     assert "the process that was started has ended" in filter_.output
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_signal_before_the_filter_serves(start: Start, place: Path, workers: str) -> None:
+    """What was imported by then may be old: it is remembered, and systemd is told nothing early."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{place}/notify")
+        manager.settimeout(WAIT)
+        write(place, "1", SLOW)
+        (place / "wait").touch()
+        filter_ = start("--workers", workers, env={"NOTIFY_SOCKET": f"{place}/notify"})
+        wait_until((place / "waits").exists, "it does not begin")
+        filter_.process.send_signal(signal.SIGHUP)
+        write(place, "2")
+        (place / "wait").unlink()
+        said = [manager.recv(4096).decode().partition("unix:")[0] for _ in range(3)]
+        assert said[0] == said[2] == "READY=1\nSTATUS=serving on "
+        assert said[1].startswith("RELOADING=1\n")
+        with filter_.mta() as mta:
+            assert version(mta) == "2"
+        assert filter_.stop() == 0
+        assert "not reloaded" not in filter_.output
