@@ -16,6 +16,8 @@ from .._systemd import Notifier
 from .common import EXIT_ERROR, CommandError, FilterSocket
 from .reload import PATIENCE, Generation, Overseer, is_possible
 
+_DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
+
 
 class Life:
     """What this process is among the generations of a filter, and what signals mean to it.
@@ -38,6 +40,7 @@ class Life:
         self._leave = leave
         self.notifier = generation or Notifier()
         self._overseer: Overseer | None = None
+        self._program_stops = False  # it has a handler of its own
         if generation is None and is_possible():
             self._overseer = Overseer(args.argv, args.directory, where, self.notifier, leave)
 
@@ -127,10 +130,13 @@ class Life:
         handlers = {} if workers else {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop}
         if self._overseer is None and self._generation is None and not workers:
             handlers[signal.SIGHUP] = self._on_stop
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) not in (*_DEFAULT, signal.SIG_IGN):
+                self._program_stops = True
         previous = {}
         for number, handler in handlers.items():
             before = signal.getsignal(number)
-            if before in (signal.SIG_DFL, signal.default_int_handler):
+            if before in _DEFAULT:
                 previous[number] = before
                 signal.signal(number, handler)
         try:
@@ -154,6 +160,16 @@ class Life:
     def has_handed_over(self) -> bool:
         """Whether a generation serves in the place of this process."""
         return self._overseer is not None and self._overseer.has_handed_over
+
+    def goes_on_after(self, exc: BaseException) -> bool:
+        """Whether this is of connections of before a reload alone, with which others serve now.
+
+        What a callback raises, ``sys.exit()`` too, is meant for the generation that it belongs to.
+        A handler of the program that raises for a signal means all.
+        """
+        if isinstance(exc, (Milter.error, OSError)) or not self._program_stops:
+            return self.has_handed_over()
+        return False
 
     def wait_for_generations(self) -> None:
         """This process serves no more: stay for as long as a generation does.

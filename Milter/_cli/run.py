@@ -377,10 +377,10 @@ def _serve_filter(
         try:
             serve = _serve_with_workers if several else _serve_alone
             serve(name, where, args, access, life, output)
-        except (Milter.error, OSError) as exc:
-            if not life.has_handed_over():
+        except BaseException as exc:
+            if not life.goes_on_after(exc):
                 raise
-            _log.error("%s, which a reload replaced: %s", name, exc)
+            _log.error("%s, which a reload replaced, ended with %r", name, exc)
         finally:
             output.close()
         try:

@@ -23,7 +23,7 @@ from support.lifecycle import wait_until
 from support.process import WAIT, Filter, python_command
 
 import Milter
-from Milter.mta import MTA, FilterClosed, Verdict
+from Milter.mta import MTA, FilterClosed, MTAError, Verdict
 
 MESSAGE = b"Subject: a\r\n\r\nb\r\n"
 
@@ -584,3 +584,62 @@ def test_a_signal_before_the_filter_serves(start: Start, place: Path, workers: s
             assert version(mta) == "2"
         assert filter_.stop() == 0
         assert "not reloaded" not in filter_.output
+
+
+EXITING = """
+import sys
+
+def envfrom(self, sender, *params):
+    if "exit" in sender:
+        sys.exit(3)
+    if "interrupt" in sender:
+        raise KeyboardInterrupt
+    return Milter.CONTINUE
+
+Hello.envfrom = envfrom
+"""
+
+
+@pytest.mark.parametrize("what", ["exit", "interrupt"])
+@pytest.mark.parametrize("reloads", [1, 2])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_exit_in_a_connection_of_before(
+    start: Start, place: Path, workers: str, reloads: int, what: str
+) -> None:
+    """It ends who has that connection, whichever process that is, and nobody who serves now."""
+    write(place, "1", EXITING)
+    filter_ = start("--workers", workers)
+    for number in range(1, reloads):
+        filter_.mta().close()
+        reload(filter_, number)
+    with contextlib.closing(filter_.mta()) as old:
+        assert version(old) == "1"
+        write(place, "2")
+        reload(filter_, reloads)
+        with contextlib.suppress(MTAError):
+            old.mail(f"<{what}@example.com>")
+    retired = "hello, which a reload replaced" if reloads == 1 else "generation 2 (pid "
+    line = filter_.wait_for(retired, 1 if reloads == 1 else 2)
+    assert " ended" in line
+    with filter_.mta() as mta:
+        assert version(mta) == "2"
+    assert filter_.stop() == 0
+    assert not (place / "run" / "s").exists()
+
+
+HANDLED = """
+import signal, sys
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+"""
+
+
+def test_a_handler_that_exits_after_a_reload(start: Start, place: Path) -> None:
+    """It is meant for all of the filter, though connections of before go on."""
+    write(place, "1", HANDLED)
+    filter_ = start()
+    with contextlib.closing(filter_.mta()) as old:
+        assert version(old) == "1"
+        reload(filter_, 1)
+        filter_.process.send_signal(signal.SIGTERM)
+    assert filter_.wait() == 5
