@@ -308,17 +308,21 @@ class Overseer:
             for child in self._children():
                 child.kill()
             self.status = self.status or 1
-            self._runs = False
-        finally:
-            self._close_listener()
+            self._end_thread()
 
     def _may_end(self) -> bool:
         """Whether this thread has no more to do; workers can only be forked without it."""
         with self._lock:
             waits = bool(select.select([self._inbox[0]], [], [], 0)[0])
             if not self._children() and not waits and (self._stopping or not self._again):
-                self._runs = False
+                self._end_thread()
         return not self._runs
+
+    def _end_thread(self) -> None:
+        """From then on a SIGHUP has the next one started, with a listener of its own."""
+        with self._lock:
+            self._close_listener()
+            self._runs = False
 
     def _children(self) -> list[_Child]:
         return [each for each in (self._next, self._current, *self._old) if each is not None]

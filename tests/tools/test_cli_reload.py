@@ -643,3 +643,46 @@ def test_a_handler_that_exits_after_a_reload(start: Start, place: Path) -> None:
         reload(filter_, 1)
         filter_.process.send_signal(signal.SIGTERM)
     assert filter_.wait() == 5
+
+
+#: A second SIGHUP comes at the very end of a thread that has nothing more to do.
+AT_THE_END = """
+import os, signal, threading
+from Milter._cli import reload
+
+if os.path.exists("broken") and "PYMILTER_STARTED" in os.environ:
+    1 / 0
+os.environ["PYMILTER_STARTED"] = "1"
+begun, closed = threading.Event(), threading.Event()
+close, spawn = reload.Overseer._close_listener, reload.Overseer._spawn
+
+def close_late(self):
+    if not closed.is_set():
+        os.unlink("broken")
+        os.kill(os.getpid(), signal.SIGHUP)
+        begun.wait(1)  # which has to be in vain
+        close(self)
+        closed.set()
+
+def spawn_late(self, listener):
+    if not os.path.exists("broken"):
+        begun.set()
+        closed.wait(20)
+    return spawn(self, listener)
+
+reload.Overseer._close_listener, reload.Overseer._spawn = close_late, spawn_late
+"""
+
+
+def test_a_signal_as_the_thread_of_the_one_before_ends(start: Start, place: Path) -> None:
+    write(place, "1", AT_THE_END)
+    (place / "broken").touch()
+    filter_ = start()
+    filter_.mta().close()
+    filter_.wait_for(" serves on ")
+    reload(filter_, 1, "not reloaded, what served before still does")
+    filter_.wait_for("milter.run: reloaded: generation 3")
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    assert filter_.stop() == 0
+    assert filter_.output.count("not reloaded") == 1
