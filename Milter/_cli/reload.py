@@ -313,7 +313,9 @@ class Overseer:
     def _may_end(self) -> bool:
         """Whether this thread has no more to do; workers can only be forked without it."""
         with self._lock:
-            waits = bool(select.select([self._inbox[0]], [], [], 0)[0])
+            inbox = select.poll()  # select() takes no numbers above 1023
+            inbox.register(self._inbox[0], select.POLLIN)
+            waits = bool(inbox.poll(0))
             if not self._children() and not waits and (self._stopping or not self._again):
                 self._end_thread()
         return not self._runs

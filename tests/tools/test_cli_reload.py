@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import re
+import resource
 import select
 import shutil
 import signal
@@ -686,3 +687,35 @@ def test_a_signal_as_the_thread_of_the_one_before_ends(start: Start, place: Path
         assert version(mta) == "1"
     assert filter_.stop() == 0
     assert filter_.output.count("not reloaded") == 1
+
+
+MANY_FILES = """
+import os, resource
+
+if "PYMILTER_STARTED" not in os.environ:
+    os.environ["PYMILTER_STARTED"] = "1"
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1500 if hard < 0 else min(hard, 1500), hard))
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+else:
+    1 / 0
+"""
+
+
+@pytest.mark.skipif(
+    0 <= resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 1500, reason="so many cannot be open"
+)
+def test_a_process_with_many_files(start: Start, place: Path) -> None:
+    """Those of a busy filter are connections."""
+    write(place, "1", MANY_FILES)
+    filter_ = start()
+    filter_.mta().close()
+    filter_.wait_for(" serves on ")
+    for number in (1, 2):
+        reload(filter_, number, "not reloaded, what served before still does")
+    write(place, "2")
+    reload(filter_, 1)
+    with filter_.mta() as mta:
+        assert version(mta) == "2"
+    assert filter_.stop() == 0
+    assert "reloading has failed" not in filter_.output
