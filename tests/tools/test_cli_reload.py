@@ -719,3 +719,28 @@ def test_a_process_with_many_files(start: Start, place: Path) -> None:
         assert version(mta) == "2"
     assert filter_.stop() == 0
     assert "reloading has failed" not in filter_.output
+
+
+def test_workers_that_die_while_a_generation_starts(start: Start, place: Path) -> None:
+    """They cannot be forked then, which does not end the filter; afterwards they are."""
+    filter_ = start("--workers", "2")
+    filter_.mta().close()
+    filter_.wait_for(" serves on ")
+    serving = re.findall(r"worker \d \(pid (\d+)\) serves", filter_.output)
+    assert len(serving) == 2
+    write(place, "2", f"{SLOW}\n1 / 0")
+    (place / "wait").touch()
+    reload(filter_, 1, "generation 2 is started")
+    wait_until((place / "waits").exists, "the generation has not begun")
+    for pid in serving:
+        os.kill(int(pid), signal.SIGKILL)
+    refusal = "cannot be started: workers cannot be forked while other threads run ('overseer')"
+    filter_.wait_for(f"worker 1 {refusal}", 5)
+    filter_.wait_for(f"worker 2 {refusal}", 5)
+    (place / "wait").unlink()
+    filter_.wait_for("not reloaded, what served before still does")
+    for number in (1, 2):
+        filter_.wait_for(f"milter.workers: worker {number} (pid ", 3)  # serves, was killed, serves
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+    assert filter_.stop() == 0
