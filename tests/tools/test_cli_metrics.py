@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import MESSAGE, Runner
-from support.lifecycle import wait_until
+from support.lifecycle import busy_listener, wait_until
 from support.process import WAIT, Filter
 
 from Milter._cli.exporter import Place
@@ -186,6 +186,18 @@ def test_a_path_that_is_taken(runner: Runner) -> None:
     third = runner.start("hello:Hello", *options, socket=False)
     third.wait_for("serves on")
     assert messages(place / "run" / "metrics") == 0.0
+
+
+@pytest.mark.parametrize("name", ["metrics", "metrics.new"])
+def test_a_path_whose_owner_is_busy(runner: Runner, name: str) -> None:
+    """So busy that nobody can even connect: it is neither waited for nor removed."""
+    path = runner.place / "run" / name
+    with busy_listener(path):
+        inode = path.stat().st_ino
+        filter_ = runner.start("hello:Hello", "--metrics", "unix:run/metrics")
+        assert filter_.wait() == 1
+        assert "--metrics: cannot listen on unix:run/metrics: " in filter_.output
+        assert path.stat().st_ino == inode
 
 
 def test_without_prometheus_client_that_is_named(runner: Runner) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.lifecycle import busy_listener
 from support.process import WAIT, Filter, python_command
 
 from Milter.mta import MTA
@@ -213,6 +214,16 @@ def test_a_socket_that_is_served_is_left_alone(run: Run, place: Path) -> None:
     assert "another filter serves" in line
     with run(name="hello:Hello", where=f"unix:{place}/run/t").mta():
         pass
+
+
+def test_a_socket_whose_owner_is_busy_is_left_alone(place: Path) -> None:
+    """So busy that nobody can even connect, which is not waited for."""
+    path = place / "run" / "s"
+    with busy_listener(path):
+        inode = path.stat().st_ino
+        status, line = refused(place, "hello:Hello", "--socket", f"{path}")
+        assert (status, path.stat().st_ino) == (1, inode)
+        assert "another filter serves" in line
 
 
 def test_mode_and_group(run: Run, place: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from support.engine import ENGINES
+from support.lifecycle import busy_listener
 from support.process import WAIT, Filter, python_command
 
 from Milter.mta import MTA, Offer, Recording, Side, Verdict
@@ -572,6 +573,17 @@ def test_the_socket_of_another_is_left_alone(record: Record, directory: Path) ->
         other.bind(f"{directory}/record.sock")
         assert recorder.process.stop() == 0
         assert (directory / "record.sock").exists()
+
+
+def test_a_socket_whose_owner_is_busy_is_left_alone(record: Record, directory: Path) -> None:
+    """So busy that nobody can even connect, which is not waited for."""
+    path = directory / "record.sock"
+    with busy_listener(path):
+        inode = path.stat().st_ino
+        recorder = record("unix:/no/such")
+        assert recorder.process.wait() == 1
+        assert "Address already in use" in recorder.process.output
+        assert path.stat().st_ino == inode
 
 
 def test_systemd_is_told(record: Record, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
