@@ -203,7 +203,7 @@ milter_setconn(PyObject *module, PyObject *value)
     bool may_set, done = false;
 
     if (!is_setting_up()) {
-        return out_of_order(state, "setconn", "the socket is open already");
+        return refuse_setting_up(state, "setconn");
     }
     name = socket_name_argument(state, value);
     if (name == NULL) {
@@ -217,7 +217,7 @@ milter_setconn(PyObject *module, PyObject *value)
     UNLOCK_STATE();
     Py_DECREF(name);
     if (!may_set) {
-        return out_of_order(state, "setconn", "the socket is open already");
+        return refuse_setting_up(state, "setconn");
     }
     return done ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
@@ -275,7 +275,7 @@ milter_set_engine(PyObject *module, PyObject *value)
     }
     UNLOCK_STATE();
     if (!may_choose) {
-        return out_of_order(state, "set_engine", "the socket is open already");
+        return refuse_setting_up(state, "set_engine");
     }
     if (!known) {
         refuse(state, "set_engine", "name", "must be " ENGINE_NAMES, value);

@@ -150,18 +150,34 @@ check_not_running(module_state *state, const char *call)
     return !is_running() || out_of_order(state, call, "not while main() runs") != NULL;
 }
 
+/* Why nothing can be set up in this phase; NULL in SETTING_UP. */
+static const char *
+why_no_setting_up(int now)
+{
+    return now == SETTING_UP    ? NULL
+           : now == SOCKET_OPEN ? "the socket is open already"
+           : now != STOPPED     ? "it runs already; there is one filter to a process"
+           : is_forked()        ? "the filter is that of the process which forked this one"
+           : is_libmilter()     ? "libmilter cannot start again in a process where it was stopped"
+                                : "callbacks of the filter that was stopped have not returned";
+}
+
+PyObject *
+refuse_setting_up(module_state *state, const char *call)
+{
+    const char *why = why_no_setting_up(phase);
+
+    /* It may be over since the caller looked: our own engine serves again. */
+    return out_of_order(state, call, why != NULL ? why : "not while main() runs");
+}
+
 /* Why the phase STARTING may not be claimed from this one. */
 static const char *
 why_no_start(int before, bool opens, bool named)
 {
-    return opens && before != SETTING_UP ? "the socket is open already"
-           : before == STARTING || before == RUNNING
-               ? "it runs already; there is one filter to a process"
-           : before == STOPPED && !is_libmilter()
-               ? "callbacks of the filter that was stopped have not returned"
-           : before == STOPPED ? "libmilter cannot start again in a process where it was stopped"
-           : named             ? "call setconn() first"
-                               : "call register() first";
+    return before != SETTING_UP && (opens || before != SOCKET_OPEN) ? why_no_setting_up(before)
+           : named                                                  ? "call setconn() first"
+                                                                    : "call register() first";
 }
 
 /* Claim the phase STARTING for `call`, which `opens` the socket; the phase before, or -1 with an

@@ -15,6 +15,9 @@ bool is_running(void); /* from the call of main() on, until it has returned */
 /* Raise milter.error: "CALL: WHY".  NULL. */
 PyObject *out_of_order(module_state *state, const char *call, const char *why);
 
+/* The same where it has to be set up, and cannot be. */
+PyObject *refuse_setting_up(module_state *state, const char *call);
+
 /* False with that exception set while main() runs. */
 bool check_not_running(module_state *state, const char *call);
 

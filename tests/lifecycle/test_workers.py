@@ -450,7 +450,9 @@ def test_a_child_that_a_callback_forks_is_no_worker(run_filter):
     filter_ = run_filter("workers")
     with filter_.mta() as mta:
         assert mta.send(MESSAGE, sender="<fork@example.com>", recipients=RECIPIENTS).accepted
-    assert "child: main:" in filter_.wait_for("child:")
+    assert filter_.wait_for("child:") == (
+        "child: main: the filter is that of the process which forked this one"
+    )
     assert filter_.stop() == 0, filter_.output
 
 

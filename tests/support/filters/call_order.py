@@ -100,6 +100,7 @@ def second_main(name: str) -> None:
     attempt("main after it", milter.main)
     attempt("opensocket after it", milter.opensocket, True)
     attempt("setconn after it", milter.setconn, "unix:/nowhere/at/all")
+    attempt("set_engine after it", milter.set_engine, "libmilter")
 
 
 def main_again(name: str) -> None:
