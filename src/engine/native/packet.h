@@ -45,8 +45,9 @@ struct inbox {
 
 enum packet_state { PACKET_THERE, PACKET_NOT_YET, PACKET_BAD };
 
-/* Where to put what is read next, at least `least` bytes; *size says how much room there is.  It may
- * come from the stock.  NULL: no memory.  Moves what is there, so that no packet that was taken is good any longer. */
+/* Where to put what is read next, at least `least` bytes; *size says how much room there is.  It
+ * may come from the stock.  NULL: no memory.  Moves what is there, so that no packet that was taken
+ * is good any longer. */
 char *inbox_room(struct inbox *inbox, size_t least, size_t *size, struct stock *stock);
 void inbox_add(struct inbox *inbox, size_t count);
 
