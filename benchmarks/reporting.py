@@ -599,7 +599,9 @@ def _draw_bars(axes: Any, results: Results, keys: list[str]) -> None:
         width = 0.8 / len(subjects)
         xs = [x + place * width for x in range(len(keys))]
         axes.bar(xs, heights, width, label=subject, color=COLOURS.get(subject))
-    axes.set_xticks([x + 0.4 - 0.4 / len(subjects) for x in range(len(keys))], keys)
+    names = ["{0}\n{2}".format(*key.split("/")) for key in keys]
+    middles = [x + 0.4 - 0.4 / len(subjects) for x in range(len(keys))]
+    axes.set_xticks(middles, names)
     axes.set_ylim(0, 1.3)  # room for the legend
     axes.set(title="the rest", ylabel="messages/s, of the fastest")
     axes.legend(ncols=2, loc="upper left")
