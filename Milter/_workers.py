@@ -135,6 +135,25 @@ def _task_name(task: str) -> str:
         return f"task {task}"
 
 
+#: A worker is being forked; False in the worker.
+_forks_worker = False
+#: Who supervises in this process.
+_supervisor: _Supervisor | None = None
+
+
+def forks_worker() -> bool:
+    """For functions that run after a fork: whether the child is a worker."""
+    return _forks_worker
+
+
+def _after_fork_in_child() -> None:
+    if _supervisor is not None and not _forks_worker:
+        _supervisor.let_go()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def supervise(
     count: int,
     worker_init: Callable[[], object] | None = None,
@@ -232,8 +251,11 @@ class _Supervisor:
     # --- from start to end -----------------------------------------------------------------
 
     def run(self) -> None:
+        global _supervisor
         with contextlib.ExitStack() as stack:
             try:
+                stack.callback(self._forget)
+                _supervisor = self
                 check_threads()
                 self._prepare(stack)
                 # From here on handlers run in milter._await() alone: what they raise finds every
@@ -241,13 +263,14 @@ class _Supervisor:
                 stack.callback(milter._hold_signals, False)
                 milter._hold_signals(True)
             except BaseException:
-                _close_socket()
+                if not self._is_child():
+                    _close_socket()
                 raise
             while not self._has_ended():
+                if self._is_child():
+                    return
                 try:
                     self._turn()
-                    if self._is_child():
-                        return
                 except BaseException as exc:
                     if self._is_child():
                         raise
@@ -261,6 +284,17 @@ class _Supervisor:
             raise self._raised
         if self._troubles:
             raise milter.error("the filter did not stop well: " + "; ".join(self._troubles))
+
+    @staticmethod
+    def _forget() -> None:
+        global _supervisor
+        _supervisor = None
+
+    def let_go(self) -> None:
+        """In a child that a handler forked: it has the signals that it would have without us."""
+        if self._wakeup[1] >= 0:
+            self._return_wakeup_fd()
+        self._restore_handlers()
 
     def _prepare(self, stack: contextlib.ExitStack) -> None:
         # What stands now is in all the workers: keep the garbage collector from writing to it.
@@ -293,7 +327,7 @@ class _Supervisor:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._is_child():  # it ends as it would without a filter
+        if self._is_child():  # it came before what follows a fork
             signal.signal(number, self._handlers[number])
             signal.raise_signal(number)
             return
@@ -397,6 +431,7 @@ class _Supervisor:
     # --- starting ---------------------------------------------------------------------------
 
     def _start(self, worker: _Worker) -> None:
+        global _forks_worker
         try:
             check_threads()
             lifeline = os.pipe()
@@ -407,6 +442,7 @@ class _Supervisor:
             self._failed_to_start(worker, exc, for_good=not isinstance(exc, milter.error))
             return
         _flush_streams()  # or the worker would write it once more
+        _forks_worker = True
         try:
             pid = milter._fork_worker(functools.partial(self._work, worker, lifeline))
         except OSError as exc:
@@ -416,6 +452,8 @@ class _Supervisor:
         except BaseException:
             _close(*lifeline)
             raise
+        finally:
+            _forks_worker = False
         os.close(lifeline[0])
         worker.pid, worker.lifeline = pid, lifeline[1]
         worker.ready_at, worker.asked_to_stop, worker.was_killed = None, False, False
@@ -429,6 +467,8 @@ class _Supervisor:
 
     def _work(self, worker: _Worker, lifeline: tuple[int, int]) -> int:
         """Be the worker, in the child, and return its exit status."""
+        global _forks_worker, _supervisor
+        _forks_worker, _supervisor = False, None
         try:
             self._return_wakeup_fd()
             self._restore_handlers()

@@ -258,8 +258,8 @@ duplicate_listener(PyObject *module, PyObject *Py_UNUSED(ignored))
     int code = 0, fd;
 
     /* In a hurry it is asked for between the service manager's READY=1 and the first callback. */
-    if (phase == SETTING_UP || phase == STOPPED || atomic_load(&stopped_listening) ||
-        listening_socket() < 0) {
+    if (phase == SETTING_UP || phase == STOPPED || stop_is_wanted() ||
+        atomic_load(&stopped_listening) || listening_socket() < 0) {
         return out_of_order(state, "_listening_socket", "not now");
     }
     if (!listener_is_shared && !is_place_in_crew(0)) { /* else the crew has seen to it */
@@ -394,6 +394,7 @@ wait_until(module_state *state, bool (*done)(void), double deadline)
         /* First, as a signal may have come before Python knew of the pipe. */
         if (PyErr_CheckSignals() < 0) {
             stop_with_exception(state);
+            set_patience(0); /* a signal asks for the end, as one does that has no such handler */
             continue;
         }
         if (is_forked()) {

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Any
 
 import milter
 
 import Milter
 
+from .. import _workers
 from .._systemd import Notifier
 from .common import EXIT_ERROR, CommandError, FilterSocket
-from .reload import PATIENCE, Generation, Overseer, is_possible
+from .reload import PATIENCE, Generation, Overseer, is_possible, leave_to_overseer
 
 _DEFAULT = (signal.SIG_DFL, signal.default_int_handler)
 
@@ -36,13 +40,52 @@ class Life:
         generation: Generation | None,
         leave: Callable[[], object],
     ) -> None:
+        self._pid = os.getpid()
         self._generation = generation
         self._leave = leave
         self.notifier = generation or Notifier()
         self._overseer: Overseer | None = None
-        self._program_stops = False  # it has a handler of its own
+        self._program_handles = False  # some signal, by itself
+        #: By the number of the signal: our handler, and what was there before.
+        self._handlers: dict[int, tuple[Any, Any]] = {}
+        if generation is not None:
+            self._handlers[signal.SIGHUP] = (leave_to_overseer, signal.SIG_DFL)
         if generation is None and is_possible():
             self._overseer = Overseer(args.argv, args.directory, where, self.notifier, leave)
+        self._forking = threading.local()
+        os.register_at_fork(
+            before=self._before_fork,
+            after_in_parent=self._after_fork,
+            after_in_child=self._after_fork_in_child,
+        )
+
+    def is_own_process(self) -> bool:
+        """Whether this is no child that a callback or a handler forked."""
+        return os.getpid() == self._pid
+
+    def _before_fork(self) -> None:
+        """Hold back what a child may get before it is told; Python forgets that there.
+
+        Not on the main thread, where a handler may run by the way, and what it raises be lost.
+        """
+        if threading.get_ident() != threading.main_thread().ident:
+            self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._handlers)
+
+    def _after_fork(self) -> None:
+        mask = self._forking.__dict__.pop("mask", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _after_fork_in_child(self) -> None:
+        """What asks for the end of a child that the program forks is not for the filter.
+
+        A worker ends by its supervisor, whatever is sent to each process of a service.
+        """
+        if not _workers.forks_worker():
+            self._put_back(self._handlers)
+            if self._overseer is not None:
+                self._overseer.let_go()
+        self._after_fork()
 
     def socket_is_open(self) -> None:
         """To be called before the filter serves."""
@@ -114,12 +157,18 @@ class Life:
         if overseer is None or before != signal.SIG_DFL:
             yield
             return
+        self._handlers[signal.SIGHUP] = (overseer.on_hangup, before)
         signal.signal(signal.SIGHUP, overseer.on_hangup)
         try:
             yield
         finally:
-            if signal.getsignal(signal.SIGHUP) == overseer.on_hangup:
-                signal.signal(signal.SIGHUP, before)
+            self._put_back([signal.SIGHUP])
+
+    def _put_back(self, numbers: Iterable[int]) -> None:
+        for number in list(numbers):
+            handler, before = self._handlers[number]
+            if signal.getsignal(number) == handler:
+                signal.signal(number, before)
 
     @contextlib.contextmanager
     def signals(self, workers: bool) -> Iterator[None]:
@@ -130,27 +179,33 @@ class Life:
         handlers = {} if workers else {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop}
         if self._overseer is None and self._generation is None and not workers:
             handlers[signal.SIGHUP] = self._on_stop
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) not in (*_DEFAULT, signal.SIG_IGN):
-                self._program_stops = True
-        previous = {}
+        ours = [handler for handler, _ in self._handlers.values()]
+        for number in signal.valid_signals():
+            there = signal.getsignal(number)
+            if callable(there) and there not in (*_DEFAULT, *ours):
+                self._program_handles = True
+        installed = []
         for number, handler in handlers.items():
             before = signal.getsignal(number)
             if before in _DEFAULT:
-                previous[number] = before
+                self._handlers[number] = (handler, before)
+                installed.append(number)
                 signal.signal(number, handler)
         try:
             yield
         finally:
-            for number, before in previous.items():
-                signal.signal(number, before)
-            if self._generation is not None:
+            self._put_back(installed)
+            if self._generation is not None and self.is_own_process():
                 # systemd signals each process of a service, and then the overseer does: what comes
                 # while the interpreter ends is no news.
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     signal.signal(number, signal.SIG_IGN)
 
-    def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_stop(self, number: int, _frame: FrameType | None) -> None:
+        if not self.is_own_process():  # it came before what follows a fork
+            self._put_back([number])
+            signal.raise_signal(number)
+            return
         self.notifier.stopping()
         self.on_signal()
         Milter.stop()
@@ -167,9 +222,18 @@ class Life:
         What a callback raises, ``sys.exit()`` too, is meant for the generation that it belongs to.
         A handler of the program that raises for a signal means all.
         """
-        if isinstance(exc, (Milter.error, OSError)) or not self._program_stops:
+        if not self.is_own_process():
+            return False
+        if isinstance(exc, (Milter.error, OSError)) or not self._program_handles:
             return self.has_handed_over()
         return False
+
+    def end_generations(self) -> None:
+        """Have all end in order where this process is about to."""
+        if self.is_own_process() and self.has_handed_over():
+            assert self._overseer is not None
+            self._overseer.stop()
+            self._overseer.wait()
 
     def wait_for_generations(self) -> None:
         """This process serves no more: stay for as long as a generation does.

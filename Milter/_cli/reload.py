@@ -83,7 +83,7 @@ class Generation(Notifier):
         if not text:
             return None
         if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-            signal.signal(signal.SIGHUP, _leave_to_overseer)
+            signal.signal(signal.SIGHUP, leave_to_overseer)
         # A thread of the overseer's started it, which holds SIGHUP back, and may all others.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         for each in (int(listener), int(overseer)):
@@ -128,9 +128,11 @@ class Generation(Notifier):
         :param give_way: called where the next generation serves.
         :param stop: called where the overseer is gone.
         """
-        assert self._socket is not None
+        overseer = self._socket
+        if overseer is None:
+            return False  # it was closed, as all ends
         try:
-            order = self._socket.recv(100)
+            order = overseer.recv(100)
         except OSError:
             order = b""
         if order == _GIVE_WAY:
@@ -159,8 +161,8 @@ class Generation(Notifier):
         threading.Thread(target=wait, name="deaf", daemon=True).start()
 
 
-def _leave_to_overseer(_number: int, _frame: FrameType | None) -> None:
-    pass
+def leave_to_overseer(_number: int, _frame: FrameType | None) -> None:
+    """Handle SIGHUP in a generation: the overseer had it too."""
 
 
 # --- the overseer ---------------------------------------------------------------------------------
@@ -277,6 +279,12 @@ class Overseer:
             milter._hand_over(0)
         if self._thread is not None:
             self._tell(b"s")
+
+    def let_go(self) -> None:
+        """In a forked child: what tells generations that this process is gone is not to stay."""
+        for child in (self._next, self._current, *self._old):
+            if child is not None:
+                child.status.close()
 
     def wait(self) -> None:
         """Return when the last generation has ended."""

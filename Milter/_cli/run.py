@@ -379,10 +379,14 @@ def _serve_filter(
             serve(name, where, args, access, life, output)
         except BaseException as exc:
             if not life.goes_on_after(exc):
+                life.end_generations()
                 raise
             _log.error("%s, which a reload replaced, ended with %r", name, exc)
         finally:
-            output.close()
+            if life.is_own_process():
+                output.close()
+        if not life.is_own_process():
+            return  # a handler forked, and the child goes on
         try:
             life.wait_for_generations()
         finally:

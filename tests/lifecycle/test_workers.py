@@ -885,6 +885,22 @@ def test_a_child_that_a_handler_forks_ends_by_a_signal(run_filter, number):
     assert filter_.stop() == 0, filter_.output
 
 
+def test_a_signal_to_a_child_that_a_handler_forks_is_not_for_the_workers(run_filter):
+    """The program handles it: the child runs that handler, and nobody else."""
+    filter_ = run_filter("workers", "--handle", "WINCH", "fork", "--handle", "TERM", "exit")
+    workers_of(filter_, 2)
+    os.kill(filter_.pid, signal.SIGWINCH)
+    child = int(filter_.wait_for("waits:").split()[-1])
+    os.kill(child, signal.SIGTERM)
+    assert filter_.wait_for("waited:") == "waited: 5"
+    assert send(filter_).accepted
+    os.kill(filter_.pid, signal.SIGTERM)
+    assert filter_.wait() == 5
+    lines = [line for line in filter_.output.splitlines() if line.startswith("TERM in")]
+    assert lines[0] == f"TERM in {child}"
+    assert f"TERM in {filter_.pid}" in lines
+
+
 def test_a_child_that_a_handler_forks_is_no_supervisor(run_filter):
     """There the call returns; the filter goes on."""
     filter_ = run_filter("workers", "--handle", "WINCH", "fork-on")

@@ -257,6 +257,98 @@ def test_a_stop_by_a_callback_while_a_generation_starts(
     assert "reloaded" not in filter_.output
 
 
+FORKS = """
+import multiprocessing, time
+
+def envfrom(self, sender, *params):
+    if "fork" in sender:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(20)
+        print("the child has ended with", child.exitcode, flush=True)
+    return Milter.CONTINUE
+
+Hello.envfrom = envfrom
+"""
+
+
+def test_a_signal_to_a_child_that_a_callback_forked(start: Start, place: Path) -> None:
+    """It is for the child: neither the filter nor a generation stops, and no reload is lost."""
+    write(place, "1", FORKS)
+    filter_ = start()
+    with filter_.mta() as before:
+        before.greet()
+        write(place, "2")
+        reload(filter_, 1)
+        before.mail("<fork@example.com>")
+        filter_.wait_for("the child has ended with -15")
+        before.abort()
+        with filter_.mta() as mta:
+            assert version(mta) == "2"
+        write(place, "3")
+        reload(filter_, 2)
+        with filter_.mta() as mta:
+            assert version(mta) == "3"
+    assert filter_.stop() == 0, filter_.output
+
+
+FORKED_AT_IMPORT = """
+import multiprocessing, time
+
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+child.start()
+print("the child is", child.pid, "of generation", flush=True)
+"""
+
+
+@pytest.mark.parametrize("reloads", [0, 1])
+def test_a_signal_to_a_child_that_the_module_forked(
+    start: Start, place: Path, reloads: int
+) -> None:
+    """SIGHUP means to it what it means to any process."""
+    write(place, "1", FORKED_AT_IMPORT)
+    filter_ = start()
+    filter_.wait_for(" serves on ")
+    for count in range(reloads):
+        reload(filter_, count + 1)
+    line = filter_.wait_for("the child is", reloads + 1)
+    child = int(line.split("the child is ")[1].split()[0])
+    os.kill(child, signal.SIGHUP)
+    wait_until(lambda: has_ended(child), "the child lives on")
+    with filter_.mta() as mta:
+        assert version(mta) == "1"
+
+
+def has_ended(pid: int) -> bool:
+    """Perhaps its parent has not asked how."""
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+
+
+EXITS_BY_A_SIGNAL = """
+import signal, sys
+
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(7))
+"""
+
+
+@pytest.mark.parametrize("reloads", [0, 1])
+def test_a_handler_of_any_signal_that_exits(start: Start, place: Path, reloads: int) -> None:
+    """It ends all, whichever connections there are, as where none was reloaded."""
+    write(place, "1", EXITS_BY_A_SIGNAL)
+    filter_ = start()
+    with contextlib.closing(filter_.mta()) as before:
+        before.greet()
+        for count in range(reloads):
+            reload(filter_, count + 1)
+        filter_.process.send_signal(signal.SIGUSR1)
+        assert filter_.wait() == 7, filter_.output
+    assert not (place / "run" / "s").exists()
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_reload_after_a_stop_by_a_callback(start: Start, place: Path, workers: str) -> None:
     """It is none, and no error."""
