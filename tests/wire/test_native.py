@@ -271,8 +271,8 @@ def test_large_packets_of_many_connections_keep_apart(run_filter: Run) -> None:
                 for number in range(len(each))
             ]
             for begin, end in ((0, 20_000), (20_000, 50_000), (50_000, size + 5)):
-                for (sock, _), chunk in zip(each, chunks, strict=True):
-                    sock.sendall(chunk[begin:end])
+                for number, (sock, _) in enumerate(each):
+                    sock.sendall(chunks[number][begin:end])
             for number, (sock, talking) in enumerate(each):
                 assert sock.recv(5, socket.MSG_WAITALL) == b"\0\0\0\1c"
                 assert talking.next(turn + 1) == (size, {number + turn})
