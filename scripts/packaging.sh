@@ -81,7 +81,9 @@ base_tree() {
     rm -rf "$work"
     # A suite that is younger than this system's debootstrap is made as sid is.
     [ -e "/usr/share/debootstrap/scripts/$suite" ] || script=(/usr/share/debootstrap/scripts/sid)
-    logged "$trees/$suite.log" debootstrap --variant=minbase --include=ca-certificates \
+    # With mounts of its own, too: an interrupted one leaves /proc mounted, which rm would go into.
+    logged "$trees/$suite.log" unshare --mount --propagation private \
+        debootstrap --variant=minbase --include=ca-certificates \
         "$suite" "$work" "$uri" "${script[@]}"
     adopt_host "$work"
     tar -C "$work" -cf "$archive.new" .
