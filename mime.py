@@ -29,7 +29,7 @@ and is logged to the logger ``mime``.  Assign to the names to change them.
 `MAX_SECONDS`       30.0      time to read, or to check, one message
 `MAX_UNPACKED`      100 MiB   bytes unpacked from the archives of one message
 `MAX_ZIP_DEPTH`     5         zips within each other
-`MAX_ZIP_NAMES`     10,000    names in one zip
+`MAX_ZIP_NAMES`     10,000    names in one zip and the zips in it
 `MAX_ZIP_NAME`      4,096     bytes, or characters, in one of these names
 `MAX_ZIP_EXTRA`     4 MiB     extra fields in the directory of one zip
 =================== ========= ===================================================================

@@ -382,10 +382,10 @@ def bind() -> Runner:
 
 @contextlib.contextmanager
 def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """Have signals wake the loop, as it is about to sleep when one comes.
+    """Have signals wake the loop, even one that comes as it is about to sleep.
 
-    With other threads about that takes it longer, so that Ctrl-C would often have to wait for what
-    wakes it next. Where the program's loop sees to it by itself, that stays.
+    Else Ctrl-C would have to wait for what wakes it next: often, as other threads make that moment
+    longer. Where the program's loop sees to it by itself, that stays.
     """
     reader, writer = socket.socketpair()
     with reader, writer:
@@ -522,7 +522,7 @@ def wait(
     """Await it while this thread, which is not the loop's, waits without the interpreter lock.
 
     Returns what it returns, and raises what it raises. Where it was cancelled, as the filter stops
-    or by the program: what puts a message off.
+    or by the program, it returns the verdict that puts the message off.
     """
     value = wait_in(awaitable, ctx, variables, stage, is_last)[0]
     return value
@@ -583,7 +583,7 @@ def cancel_all() -> None:
 
 
 def cancel_rest() -> None:
-    """So is the time for abort and close: cancel them too; the close after an abort may wait."""
+    """The time for abort and close is over: cancel them, and a close that follows such an abort."""
     runner = _runner
     if runner is not None:
         runner.call(runner.cancel_rest)

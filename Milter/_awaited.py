@@ -193,9 +193,9 @@ class Callback:
         self.task = None  # which has us: no circle shall be left for the garbage collector
 
     def task_has_ended(self, task: asyncio.Task[None]) -> None:
-        """Where the task runs a coroutine of its factory's, which may have ended before it began.
+        """See to it that there is an answer where the task ended before our coroutine began.
 
-        A task that is cancelled so early is one.
+        So it is when it is cancelled that early, or a task factory wraps what it is given.
         """
         if not self.answered:
             self.variables.run(self.coroutine.close)
@@ -220,7 +220,7 @@ class Callback:
             if end is self.cancellation or self.runner.stopping:
                 return STOPPED, None
             # It awaited what was cancelled, which is its own affair.
-        # One that it raises as it is cancelled is reported, but judges no message.
+        # What it raises as it is cancelled is reported, but decides about no message.
         return (RAISED if self.why is None else self.why), without_our_frames(end)
 
     def leave_off(self) -> None:

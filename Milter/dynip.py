@@ -56,7 +56,8 @@ def is_dynip(host: str | None, addr: str | None) -> bool:
 
     The rules that could hit a server's own name know exceptions: two octets or a line word do not
     count where the name begins as a mail server's does (``mx3-4``, ``smtp.cable``), nor do
-    two octets where it is one among a mail service's (``a11-22.smtp-out``, ``m43-7.mailgun``), and
+    two octets in the name of one of a mail service's many hosts (``a11-22.smtp-out``,
+    ``m43-7.mailgun``), and
     a line word does not where another says ``static``.
 
     Args:
@@ -136,7 +137,7 @@ def _number_runs(name: str) -> list[list[int]]:
         if found.start() - end != 1 or name[end] not in ".-_x":
             runs.append([])
         end = found.end()
-        # Longer than an octet's three digits is another kind of number: any out of range will do.
+        # More than three digits are no octet: 1000 stands for any number that is too large.
         runs[-1].append(int(found[0]) if end - found.start() <= 3 else 1000)
     return runs
 

@@ -152,7 +152,7 @@ header_value_argument(module_state *state, const char *call, PyObject *value)
     return folded;
 }
 
-/* An index as long, where out of range as its end.  False with TypeError set where it is no int. */
+/* An index as a long, or the nearest there is.  False with TypeError set where it is no int. */
 static bool
 index_argument(PyObject *value, long *index)
 {

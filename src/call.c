@@ -172,7 +172,7 @@ status_of_exception(void)
     return status;
 }
 
-/* The callback forked and this is the child: libmilter's threads, and the right to answer the
+/* The callback forked and this is the child: the engine's threads, and the right to answer the
  * MTA, are the parent's.  End as a script does when it runs out, but for the interpreter's own
  * end: CPython 3.13 crashes in it where another thread than the main one forked. */
 static void
@@ -358,7 +358,7 @@ take_verdict(Call *call, PyObject *result)
     }
     call->verdict = verdict;
     if (sends_reply(stage, verdict, context->reply_class)) {
-        context->reply_class = 0; /* libmilter sends and forgets it */
+        context->reply_class = 0; /* the engine sends and forgets it */
     }
     return true;
 }
@@ -388,7 +388,7 @@ end_callback(Call *call)
 
 /* ------------------------------------------------------------- what is waited for */
 
-/* What has become of it; Milter._async counts likewise. */
+/* What has become of it; the same numbers as in Milter._awaited. */
 enum outcome { RETURNED, RAISED, STOPPED_BY_DRAIN, HUNG_UP, WAITS };
 
 /* A callback that returned an awaitable, from there until its answer is known. */
@@ -534,7 +534,7 @@ answer(PyObject *capsule, PyObject *args)
 
 static PyMethodDef answer_definition = {"answer", answer, METH_VARARGS, NULL};
 
-/* Call a function of Milter._async, or what goes by it: with the awaitable, the connection's
+/* Call a function of Milter._async, or one in its place: with the awaitable, the connection's
  * context and variables, the stage, whether it is abort or close, and, where it is not NULL,
  * `last`. */
 static PyObject *
@@ -718,7 +718,7 @@ finish(Call *call)
             result = await_it(call, awaitable, &later);
             Py_DECREF(awaitable);
             if (later) {
-                return SMFIS_CONTINUE; /* no answer */
+                return SMFIS_CONTINUE; /* which nobody reads: the answer comes later */
             }
         }
         judge(call, result);

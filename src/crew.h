@@ -39,7 +39,8 @@ unsigned long connections_taken(void);
 /* A connection of this process has come (1) or gone (-1). */
 void count_connection(int change);
 
-/* Each process waits for as long as any of them has ever been allowed to drain, in milliseconds. */
+/* How long any process has been allowed to drain, in milliseconds; the supervisor waits for as
+ * long as the longest of them. */
 void share_drain_timeout(int wanted);
 int longest_drain_timeout(void);
 

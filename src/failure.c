@@ -41,7 +41,7 @@ set_reply(const Step *step, const char *code, const char *enhanced, const char *
 static void
 name_for_reply(const module_state *state, char *out)
 {
-    const char *name, *end = out + 4 * NAME_IN_REPLY; /* that the NUL still has room at */
+    const char *name, *end = out + 4 * NAME_IN_REPLY; /* the NUL's place */
     int characters = 0;
 
     LOCK_STATE();
@@ -59,8 +59,8 @@ name_for_reply(const module_state *state, char *out)
     *out = '\0';
 }
 
-/* Set the reply to a verdict of our own.  Where the MTA does not wait for an answer none may be
- * kept for a later step. */
+/* Set the reply to a verdict of our own: not at a step without an answer, as it would be kept for
+ * one that has nothing to do with it. */
 static void
 explain(const Step *step, sfsistat verdict, const char *soft, const char *hard, const char *what)
 {
@@ -194,7 +194,7 @@ client_for_log(const Step *step)
     return text_for_log(both != NULL ? both : "unknown");
 }
 
-/* Tell the application's own hook.  `message` is borrowed, and NULL where there is none. */
+/* Tell the application's own hook. */
 static void
 call_hook(PyObject *hook, PyObject *exception, PyObject *message)
 {
@@ -207,9 +207,7 @@ call_hook(PyObject *hook, PyObject *exception, PyObject *message)
     }
     Py_XDECREF(done);
 #else
-    if (message != NULL) {
-        log_record("error", Py_NewRef(message), NULL); /* the hook sees no notes before 3.11 */
-    }
+    log_record("error", Py_NewRef(message), NULL); /* the hook sees no notes before 3.11 */
 #endif
     traceback = PyException_GetTraceback(exception);
     done = PyObject_CallFunctionObjArgs(hook, (PyObject *)Py_TYPE(exception), exception,
@@ -221,8 +219,8 @@ call_hook(PyObject *hook, PyObject *exception, PyObject *message)
     Py_XDECREF(traceback);
 }
 
-/* Where the method is that does not take the arguments of its callback, or an empty text; the
- * traceback does not say.  NULL with an exception set. */
+/* For a method that cannot be called with its callback's arguments: where it stands, as the
+ * traceback ends before it; else an empty text.  NULL with an exception set. */
 static PyObject *
 place_of_method(const Step *step, PyObject *exception)
 {

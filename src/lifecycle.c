@@ -30,7 +30,7 @@
 #include "workers.h"
 
 #define BEAT_MILLISECONDS 200 /* at least this often a drain shows that it is alive */
-#define QUIET_SECONDS 1.0     /* for which nobody comes before a filter that was handed over ends */
+#define QUIET_SECONDS 1.0     /* a filter whose socket others have ends after so long with nobody */
 #define COMFORTABLE_FILES 1024 /* below this soft limit accept() may run out of descriptors */
 
 /* ------------------------------------------------------------------ its phases */
@@ -491,8 +491,8 @@ is_deserted(void)
     return monotonic_now() >= last_connection + QUIET_SECONDS;
 }
 
-/* Until each connection is closed.  What waits for something in abort or close is cancelled by and
- * by while its loop is there, as another close may follow. */
+/* Until each connection is closed.  Coroutines that are left in abort or close by then are
+ * cancelled; that of a close which follows such an abort, too, for as long as the loop is there. */
 static void
 wait_for_close(module_state *state)
 {
@@ -503,7 +503,8 @@ wait_for_close(module_state *state)
     }
 }
 
-/* Steps 1 to 3 of the comment above. */
+/* Where others serve the socket by now: serve whom there is.  Then steps 1 to 3, as at the top of
+ * this file. */
 static void
 drain(module_state *state)
 {

@@ -49,6 +49,6 @@ is_forked(void)
 double drain_seconds(void);
 
 #define CLOSE_SECONDS 2.0 /* how long close callbacks may take once all is drained */
-#define HURRY_SECONDS 1.5 /* and after that those that coroutines have held up */
+#define HURRY_SECONDS 1.5 /* and, after these, what waits in coroutines, cancelled */
 
 #endif

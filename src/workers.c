@@ -228,8 +228,8 @@ worker_gone(PyObject *Py_UNUSED(module), PyObject *value)
     Py_RETURN_NONE;
 }
 
-/* _stop_state(): (was stop() called?, the drain timeout, how long close callbacks may take), both
- * in milliseconds */
+/* _stop_state(): (was stop() called?, how long a process may serve on and drain, how long close
+ * callbacks may take), both in milliseconds */
 PyObject *
 stop_state(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored))
 {

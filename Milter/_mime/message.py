@@ -454,7 +454,7 @@ class MimeMessage(Message):
                 yield encoding, data
 
     def _zip_names(self, names: list[str], budget: Budget) -> list[tuple[str, str]]:
-        """The names inside of this part, where it is a zip; BadZipFile where it only says so."""
+        """The names inside of this part, a zip; BadZipFile where it is none but claims so."""
         claims = self.get_content_type() in ZIP_TYPES or any(map(is_zip_name, names))
         payload = as_bytes(str(self._payload or ""))
         found: list[tuple[str, str]] = []
@@ -462,7 +462,7 @@ class MimeMessage(Message):
             for number, data in enumerate(readings_of(payload, encoding)):
                 if not data.strip():
                     continue
-                # a reading that makes nothing of it does not count where another one does
+                # only the first reading has to make sense: the others are guesses
                 found += self._names_as_zip(data, claims and not number, budget)
         return found
 

@@ -78,7 +78,7 @@ def _scan_zip(data: bytes, depth: int, names: dict[str, None], budget: Budget) -
     if data.count(_ENTRY) + len(names) > settings.MAX_ZIP_NAMES:
         raise ZipLimit(f"more than {settings.MAX_ZIP_NAMES} names")
     _check_extra(data)
-    # Which of several directories counts, and whether one does, is for each reader to say.
+    # Readers differ about which of several directories counts, and whether any: look at all.
     for mark, header in ((_LOCAL, _LOCAL_HEADER), (_ENTRY, _ENTRY_HEADER)):
         names.update(dict.fromkeys(_names_in_headers(data, mark, header, budget)))
     read: set[int] = set()
@@ -204,7 +204,8 @@ def _members_without_entry(data: bytes, read: set[int], budget: Budget) -> Itera
     """The zips among the members of which the directory that zipfile took knows nothing.
 
     Readers that recover files, or that take another directory, go by the local headers.  The
-    names in a zip that is stored as it is were found with all others; it may hold one that is not.
+    names in a zip that is stored uncompressed were found with all others; a zip within it may
+    be compressed.
     """
     for found in budget.timed(re.finditer(_LOCAL, data)):
         start = found.start()

@@ -370,7 +370,7 @@ serve(struct member *self, struct connection *connection)
             connection_send(connection);
             break;
         case SESSION_SUSPENDED:
-            return true; /* from here on the outbox is whose who completes it */
+            return true; /* from here on the outbox belongs to who completes it */
         case SESSION_ENDS:
             connection_send(connection);
             return false;
@@ -391,14 +391,14 @@ close_connection(struct member *self, struct connection *connection)
     return result != SESSION_SUSPENDED;
 }
 
-/* The MTA's end is here and now; what the filter has of the connection stays. */
+/* End it for the MTA; what the filter has of the connection stays. */
 static void
 hang_up(struct connection *connection)
 {
     shutdown(connection->fd, SHUT_RDWR);
 }
 
-/* Has its MTA heard all?  With the lock held. */
+/* What is next for a connection that was served: an end, or what it waits for.  With the lock. */
 static void
 settle(struct connection *connection, bool over)
 {
@@ -429,7 +429,7 @@ settle(struct connection *connection, bool over)
     }
     else if (connection_unsent(connection) == 0 && has_work(connection)) {
         enqueue(connection);
-        wake_leader(connection->loop); /* this thread may be none */
+        wake_leader(connection->loop); /* which this thread may not be */
     }
     else {
         connection->active = monotonic_now(); /* the MTA's time begins */
@@ -452,7 +452,7 @@ serve_queued(struct member *self, struct connection *connection)
     bool end_now = is_to_end(connection);
 
     connection->state = SERVED;
-    if (!connection->session.suspended) { /* else the outbox is whose who completes it */
+    if (!connection->session.suspended) { /* else the outbox belongs to who completes it */
         outbox_lend(&connection->session.outbox, &connection->loop->stock);
     }
     if (is_leader(self)) {
@@ -636,7 +636,7 @@ look_for_timeouts(struct loop *loop, double now)
     for (struct connection *each = loop->all, *next; each != NULL; each = next) {
         next = each->next;
         if (each->state != WATCHED && each->state != FLUSHING) {
-            continue; /* it is who serves it who writes `active`; its time begins after that */
+            continue; /* its time begins when it was served; until then others write `active` */
         }
         if (has_timed_out(each, now)) {
             end_of_patience(each);
@@ -814,7 +814,7 @@ serve_for_a_while(struct loop *loop)
     } while (goes_on_leading(&guest) && clock_ns() - began < TURN_NS);
 }
 
-/* When the guest's next turn is due, unless it was told. */
+/* When the guest's next turn is due, if nothing wakes it before. */
 static long
 next_turn(struct loop *loop)
 {
@@ -1057,7 +1057,7 @@ loop_run(const struct engine_share *surrounding)
     return code;
 }
 
-/* What waits to be accepted has been told that it is connected. */
+/* Accept what is in the backlog: the kernel has told these that they are connected. */
 void
 loop_stop_accepting(void)
 {

@@ -26,8 +26,8 @@ number_to(char *bytes, uint32_t number)
 
 /* -------------------------------------------------------------------------- stock */
 
-/* Memory for *size bytes, or for more, which *size then says.  Each thread of the team takes from
- * an arena of the C library's, which keeps what it had: large rooms go around instead. */
+/* Memory for *size bytes, or for more, which *size then says.  The C library keeps
+ * what a thread freed for that thread, so large rooms are handed around by ourselves. */
 static char *
 new_room(size_t *size, struct stock *stock)
 {

@@ -731,7 +731,7 @@ session_take(SMFICTX *session, const struct packet *packet)
             if (session->suspended) {
                 session->in_callback = false;
                 session->held = true;
-                session->packet = *packet; /* its data stays: see above */
+                session->packet = *packet; /* the inbox reads nothing before it is played */
                 return SESSION_SUSPENDED;
             }
         }
