@@ -179,6 +179,44 @@ def test_a_callback_that_blocks_delays_no_other(run_filter: Run) -> None:
     assert max(took) < 1
 
 
+# How many callbacks began while another one waited, of how many.
+LOOKS_UP = """
+import time
+waiting = beside = count = 0
+
+def look_up(ctx, name):
+    global waiting, beside, count
+    count += 1
+    beside += waiting > 0
+    waiting += 1
+    time.sleep(0.0003)
+    waiting -= 1
+    return milter.CONTINUE
+
+milter.set_helo_callback(look_up)
+milter.set_envfrom_callback(lambda ctx, *args: say("beside", beside, count) or milter.CONTINUE)
+"""
+
+
+def test_callbacks_that_wait_briefly_wait_at_the_same_time(run_filter: Run) -> None:
+    """As for a database on the same machine: too short for the watch to notice."""
+    running = run_filter("scripted", LOOKS_UP)
+    with contextlib.ExitStack() as stack:
+        several = [stack.enter_context(running.mta(offer=Offer())) for _ in range(8)]
+        for each in several:
+            each.connect_info("client.example")
+        for _ in range(50):
+            for each in several:
+                each.send_packet(b"H", b"client.example\0")
+            for each in several:
+                assert each.read_packet().command == b"c"
+        several[0].send_packet(b"M", b"<alice@example.com>\0")
+        assert several[0].read_packet().command == b"c"
+        beside, count = map(int, re.findall("[0-9]+", running.wait_for("beside")))
+    assert count == 8 * 50
+    assert beside > count / 2
+
+
 # A thread that has the interpreter lock for 200 ms at a time, as code in C may.
 KEEPS_THE_LOCK = """
 import ctypes, threading, time

@@ -21,6 +21,7 @@
 #define SPIN_NS 50000            /* so long a leader looks before it sleeps */
 #define SPIN_CONNECTIONS 2       /* with so few */
 #define SPIN_CREDIT 8            /* times in a row that it may be in vain */
+#define SLOW_NS 150000LL         /* a step that takes longer may wait for something: it is slow */
 #define SLOW_FOR_NS 1000000000LL /* so long a step that was slow is taken for slow */
 #define FLUSH_SECONDS 5.0        /* for MTAs to take what is due to them, when all has ended */
 #define FINISH_SECONDS 1.0       /* for threads to end */
@@ -233,10 +234,13 @@ destroy(struct connection *connection)
 
 /* ------------------------------------------------------------ serving connections */
 
+/* In the event loop a coroutine's first step may take longer, as it has to go there anyhow. */
 static bool
-is_slow(char command)
+is_slow(const struct member *self, char command)
 {
-    return atomic_load(&steps[(unsigned char)command].duration) > LATE_NS &&
+    long long limit = self == &guest ? LATE_NS : SLOW_NS;
+
+    return atomic_load(&steps[(unsigned char)command].duration) > limit &&
            clock_ns() - atomic_load(&steps[(unsigned char)command].ended) < SLOW_FOR_NS;
 }
 
@@ -252,7 +256,7 @@ leave_lead(struct connection *connection)
 static void
 begin_callback(struct member *self, struct connection *connection, char command)
 {
-    if (is_slow(command)) {
+    if (is_slow(self, command)) {
         pthread_mutex_lock(&team_lock);
         if (is_leader(self)) {
             leave_lead(connection);
@@ -269,7 +273,7 @@ end_callback(struct member *self)
     long long now = clock_ns(), began = atomic_exchange(&self->began, 0);
     unsigned char command = (unsigned char)self->command;
 
-    if (now - began > LATE_NS || atomic_load(&steps[command].duration) > LATE_NS) {
+    if (now - began > SLOW_NS || atomic_load(&steps[command].duration) > SLOW_NS) {
         atomic_store(&steps[command].duration, now - began);
         atomic_store(&steps[command].ended, now);
     }
