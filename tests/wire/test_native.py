@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import resource
@@ -14,9 +15,11 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import sysconfig
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +218,44 @@ def test_callbacks_that_wait_briefly_wait_at_the_same_time(run_filter: Run) -> N
         beside, count = map(int, re.findall("[0-9]+", running.wait_for("beside")))
     assert count == 8 * 50
     assert beside > count / 2
+
+
+# Each header takes 0.1 ms of the processor: too short for the watch, and for a slow step.
+COMPUTES = """
+import time
+count = 0
+
+def compute(ctx, name, value):
+    global count
+    count += 1
+    until = time.perf_counter() + 0.0001
+    while time.perf_counter() < until:
+        pass
+    return milter.NOREPLY
+
+milter.set_header_callback(compute)
+milter.set_helo_callback(lambda ctx, name: say("helo after", count) or milter.CONTINUE)
+"""
+
+
+def unread_by_peer(mta: MTA) -> int:
+    """How many bytes of a unix socket's its other end has not taken yet."""
+    return struct.unpack("i", fcntl.ioctl(mta, termios.TIOCOUTQ, bytes(4)))[0]
+
+
+def test_what_one_connection_sends_at_once_keeps_no_other_waiting(run_filter: Run) -> None:
+    """Headers that need no answer, 1,500 of them in one write."""
+    running = run_filter("scripted", COMPUTES, "[options] = args; options[1] &= milter.P_NR_HDR")
+    with running.mta(offer=Offer()) as mta, running.mta(offer=Offer()) as beside:
+        mta.connect_info("client.example")
+        beside.connect_info("client.example")
+        mta.mail("<alice@example.com>")
+        mta.rcpt("<bob@example.org>")
+        mta.send_raw((struct.pack("!I", 5) + b"La\0b\0") * 1500)
+        wait_until(lambda: unread_by_peer(mta) == 0, "the filter has read all")
+        beside.helo("client.example")
+        count = int(re.findall("[0-9]+", running.wait_for("helo after"))[0])
+    assert count < 1500
 
 
 # A thread that has the interpreter lock for 200 ms at a time, as code in C may.
@@ -449,9 +490,12 @@ def test_descriptors_that_run_out_are_waited_for(run_filter: Run) -> None:
         time.sleep(2.5)  # it tries again meanwhile, once a second
         assert cpu_seconds(running.pid) - before < 0.3
         assert running.output.count("cannot accept connections for now") == 1, running.output
-        served[0].close()
-        with MTA(waiting, offer=Offer(), timeout=WAIT) as mta:
+        for old in served:  # each makes room for one that waits, and then there is none again
+            old.close()
+            mta = stack.enter_context(MTA(waiting, offer=Offer(), timeout=WAIT))
             assert mta.connect_info("client.example").verdict is Verdict.CONTINUE
+            waiting = stack.enter_context(connected_socket(running))
+        assert running.output.count("cannot accept connections for now") == 1, running.output
     passes(running)
     assert running.stop() == 0
 

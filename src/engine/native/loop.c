@@ -486,15 +486,15 @@ goes_on_leading(const struct member *self)
            !(self == &guest ? guest_dismissed : loop_of(self)->claimed);
 }
 
-/* All that is queued, by who is in a batch. */
+/* What is queued, by who is in a batch, up to when it is time to look who else has come. */
 static void
 serve_all(struct member *self)
 {
     struct loop *loop = loop_of(self);
-    struct connection *connection;
+    long long until = clock_ns() + TURN_NS;
 
-    while (goes_on_leading(self) && (connection = dequeue(loop)) != NULL) {
-        serve_queued(self, connection);
+    while (loop->queue != NULL && goes_on_leading(self) && clock_ns() < until) {
+        serve_queued(self, dequeue(loop));
     }
 }
 
@@ -596,7 +596,7 @@ on_connection(struct connection *connection, const struct poller_event *event)
         connection_send(connection);
         watch_connection(connection);
     }
-    if (event->readable && !connection->writing) {
+    if (event->readable && !connection->writing && connection->state == WATCHED) {
         connection_read(connection, &connection->loop->stock);
     }
     if (connection->state == WATCHED && has_work(connection) && !connection->writing) {
@@ -762,8 +762,8 @@ lead(struct member *self)
         if (loop->queue != NULL) {
             run_batch(self);
         }
-        else {
-            poll_once(loop, time_to_sleep(loop));
+        if (is_leader(self) && !team_is_ending()) {
+            poll_once(loop, loop->queue != NULL ? 0 : time_to_sleep(loop));
         }
     }
 }
