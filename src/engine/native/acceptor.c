@@ -13,6 +13,7 @@
 
 #define ACCEPT_AT_ONCE 16
 #define ACCEPT_PAUSE 1.0 /* seconds, where descriptors or memory have run out */
+#define SHORTAGE_OVER 60 /* seconds without one, after which the next is told of again */
 #define PATIENCE 0.003   /* seconds for another process to take a connection */
 
 static struct poller *poller;
@@ -26,7 +27,7 @@ static bool listener_watched;
 static double accept_again; /* when the listener is watched again; 0: it is, or is not to be */
 static bool listener_left;  /* to other processes, until then */
 static unsigned long taken; /* by all processes when it was left */
-static bool told_of_shortage;
+static double last_shortage;
 
 /* ------------------------------------------------------------ watching the socket */
 
@@ -67,14 +68,15 @@ static void
 note_shortage(int code)
 {
     char text[160];
+    double now = monotonic_now();
 
-    if (!told_of_shortage) {
-        told_of_shortage = true;
+    if (now - last_shortage > SHORTAGE_OVER) {
         snprintf(text, sizeof text,
                  "cannot accept connections for now: %s; goes on by itself when that has changed",
                  strerror(code));
         client->log("error", text);
     }
+    last_shortage = now;
     pause_listener(ACCEPT_PAUSE);
 }
 
@@ -86,7 +88,6 @@ accept_waiting(int most)
         int fd = listener_accept();
 
         if (fd >= 0 && client->take_in(fd)) {
-            told_of_shortage = false;
             continue;
         }
         if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) {
@@ -187,6 +188,7 @@ acceptor_begin(struct poller *waiting, void *tag, const struct engine_share *sur
     share = surrounding;
     client = served;
     accepting = true;
+    last_shortage = -SHORTAGE_OVER - 1;
     watch_listener();
     return listener_watched;
 }
