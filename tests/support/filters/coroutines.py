@@ -626,13 +626,23 @@ class Leftover(Milter.Base):
 class Pausing(Milter.Base):
     """Takes 200 ms for each recipient, and for the end of each message."""
 
+    waiting = most = 0  # callbacks at a time
+
+    async def pause(self) -> None:
+        cls = type(self)
+        cls.waiting += 1
+        cls.most = max(cls.most, cls.waiting)
+        await asyncio.sleep(0.2)
+        cls.waiting -= 1
+
     async def envrcpt(self, to: str, *params: str) -> int:
         say("waits")
-        await asyncio.sleep(0.2)
+        await self.pause()
         return Milter.CONTINUE
 
     async def eom(self) -> int:
-        await asyncio.sleep(0.2)
+        await self.pause()
+        say(f"together: {self.most}")
         self.addheader("X-Paused", "twice")
         return Milter.CONTINUE
 
