@@ -7,10 +7,13 @@ import configparser
 import doctest
 import inspect
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import milter
@@ -81,12 +84,16 @@ def passes(tests: dict[str, str], directory: Path) -> None:
     assert re.search(rf"^{wanted} passed", done.stdout, re.MULTILINE), done.stdout + done.stderr
 
 
-def serves(code: str, milter_app, directory: Path) -> None:
-    """A program that calls runmilter serves a message, wherever its text has it listen."""
+def started(code: str, milter_app, directory: Path):
+    """A program that calls runmilter, and listens on a socket of the test instead."""
     code = re.sub(r'"(unix|inet):[^"\n]*"', '__import__("sys").argv[1]', code)
     (directory / "example.py").write_text(code, encoding="utf-8")
-    app = milter_app(directory / "example.py", "{socket}", cwd=directory)
-    with app.mta() as mta:
+    return milter_app(directory / "example.py", "{socket}", cwd=directory)
+
+
+def serves(code: str, milter_app, directory: Path) -> None:
+    """It serves a message."""
+    with started(code, milter_app, directory).mta() as mta:
         assert mta.send(b"Subject: x\r\n\r\nBody.\r\n", recipients=["bob@example.org"]).accepted
 
 
@@ -115,6 +122,44 @@ def test_the_other_examples_serve(page, block, milter_app, tmp_path, monkeypatch
         ["+ X-Hello: world"],
         ["- Subject: x", "+ Subject: [hello] x"],
     )
+
+
+def coroutine_example(what: str) -> str:
+    """The example of the page about coroutines that has this in it."""
+    (found,) = (block for block in blocks(DOCS / "coroutines.md") if what in block)
+    return found
+
+
+@pytest.fixture
+def reputation():
+    """The port of an HTTP server whose answer is 5, and comes in two segments."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            # Who takes the head for all of the answer hangs up.
+            if not select.select([self.connection], [], [], 0.5)[0]:
+                self.wfile.write(b"5")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_the_example_that_asks_an_http_service_reads_all_of_the_answer(
+    milter_app, tmp_path, reputation
+):
+    code = coroutine_example("SERVICE = ").replace("8010", str(reputation))
+    with started(code, milter_app, tmp_path).mta() as mta:
+        result = mta.send(b"Subject: x\r\n\r\n", recipients=["bob@example.org"])
+    assert "+ X-Reputation: 5" in changes(result)
 
 
 @pytest.mark.parametrize("module", ALL_MODULES, ids=lambda module: module.__name__)
