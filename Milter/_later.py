@@ -72,10 +72,15 @@ def only_makes_coroutine(method: Any) -> bool:
 
     What another one's decorator does may take its time, such as waiting for the coroutine.
     """
+    return _returns_coroutine(within_our_decorators(method))
+
+
+def within_our_decorators(method: Any) -> Any:
+    """The function that the decorators of ``Milter`` call, be it the method itself."""
     for layer in layers_of(method):
         if getattr(layer, "__globals__", {}).get("__name__") != _DECORATORS:
-            return _returns_coroutine(layer)
-    return False
+            return layer
+    return None
 
 
 class Later:

@@ -16,6 +16,7 @@ import Milter
 
 from .._advice import code_of
 from .._decorators import ERRORS_MARK
+from .._later import within_our_decorators
 
 if TYPE_CHECKING:
     from Milter import Base
@@ -148,6 +149,13 @@ def _of_method(
                 f"{title} is async, but the MTA waits for its answer before all else: "
                 "write it without async",
             )
+        if _is_generator(value):
+            yield _finding(
+                value,
+                True,
+                f"{title} has a yield, so that calling it returns a generator and runs nothing of "
+                "it: write it without yield",
+            )
     elif not hasattr(Milter.Base, name) and name not in used:
         meant = _near(name)
         if meant is not None and not _has_own(klass, meant):
@@ -159,6 +167,21 @@ def _of_method(
         yield _finding(
             value, True, f"@decode on {title} does nothing: it is for envfrom, envrcpt and header"
         )
+
+
+def _is_generator(value: Any) -> bool:
+    """Whether calling a method runs nothing of it, as it has a ``yield``.
+
+    What somebody else's decorator makes of a generator is not known. One that is marked by
+    ``types.coroutine`` is to be awaited.
+    """
+    method = within_our_decorators(value)
+    code = getattr(method, "__code__", None)
+    return inspect.isasyncgenfunction(method) or (
+        inspect.isgeneratorfunction(method)
+        and code is not None
+        and not code.co_flags & inspect.CO_ITERABLE_COROUTINE
+    )
 
 
 def _of_arguments(title: str, callback: str, value: Any, name: str) -> Iterator[Finding]:

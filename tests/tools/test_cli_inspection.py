@@ -25,6 +25,18 @@ def found(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> list[s
 
 
 CALLED = "cannot be called as it will be, with"
+GENERATOR = (
+    "has a yield, so that calling it returns a generator and runs nothing of it: "
+    "write it without yield"
+)
+#: A decorator that makes a plain method of whatever it gets.
+RUNS = (
+    "def runs(function):\n"
+    "    import functools\n"
+    "    @functools.wraps(function)\n"
+    "    def method(self, *args): return 0\n"
+    "    return method\n"
+)
 NEVER = "is no callback and is never called: did you mean"
 
 
@@ -62,6 +74,9 @@ NEVER = "is no callback and is never called: did you mean"
                 "else: write it without async"
             ),
         ),
+        ("async def envfrom(self, *a): yield 0", f"error: Looked.envfrom {GENERATOR}"),
+        ("@Milter.noreply\nasync def eoh(self): yield 0", f"error: Looked.eoh {GENERATOR}"),
+        ("def close(self): yield 0", f"error: Looked.close {GENERATOR}"),
         (
             "@Milter.decode('bytes')\ndef body(self, chunk): pass",
             "error: @decode on Looked.body does nothing: it is for envfrom, envrcpt and header",
@@ -90,6 +105,10 @@ def test_what_is_found(
         "@staticmethod\ndef eom(): pass",
         "@classmethod\ndef body(cls, chunk): pass",
         "def header(self, name, value, more=None): pass",
+        # A generator within, one that may be awaited, and what a decorator makes of one.
+        "async def eom(self):\n    async def lines(): yield 1\n    return 0",
+        "import types\n@types.coroutine\ndef eom(self): yield",
+        f"{RUNS}@runs\nasync def eom(self): yield",
         # Methods that the class itself calls, has beside the callback, or keeps for itself.
         "def eom(self): return self.eon()\ndef eon(self): pass",
         "def header(self, name, value): pass\ndef headers(self): pass",
