@@ -411,7 +411,7 @@ class Driver(_Coroutine):
         return getattr(callback.coroutine, name)
 
 
-_OURS = (__name__, f"{__package__}._async")
+_OURS = (__name__, f"{__package__}._async", f"{__package__}._later")
 
 
 def without_our_frames(error: BaseException) -> BaseException:

@@ -208,6 +208,19 @@ def test_what_goes_wrong_is_what_goes_wrong_in_any_callback(
     assert "the envrcpt callback returned None: not an int" in running.output
 
 
+def test_tracebacks_begin_in_the_filter(coroutines: Callable[..., Any]) -> None:
+    """Also where something of ours is around the coroutine: @noreply, and in close."""
+    running = coroutines("FailingWithin")
+    with running.mta() as mta:
+        envelope(mta)
+        mta.header("A", "b")
+        assert mta.eom().smtp == SOFT
+    running.wait_for("KeyError: 'of close'")
+    assert running.stop() == 0
+    frames = re.findall(r'File ".*/(\w+\.py)", line .*, in (\w+)', running.output)
+    assert frames == [("coroutines.py", "header"), ("coroutines.py", "close")]
+
+
 COUNTS = sys.version_info >= (3, 11)  # how many times a task was cancelled
 GROUPS = pytest.mark.skipif(not COUNTS, reason="no TaskGroup before Python 3.11")
 

@@ -702,6 +702,18 @@ class Aborting(Milter.Base):
         return Milter.CONTINUE
 
 
+class FailingWithin(Milter.Base):
+    """Fails where there is something of ours around the coroutine: a decorator, and in close."""
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        raise KeyError("of header")
+
+    async def close(self) -> int:
+        await asyncio.sleep(0)
+        raise KeyError("of close")
+
+
 class Blocking(Milter.Base):
     """Blocks the loop."""
 
