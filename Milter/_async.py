@@ -12,12 +12,12 @@ import asyncio
 import atexit
 import contextlib
 import contextvars
+import linecache
 import os
 import signal
 import socket
 import sys
 import threading
-import traceback
 from collections import deque
 
 import milter
@@ -30,16 +30,22 @@ from ._logging import logger
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
+    from types import FrameType
     from typing import Any
 
     from milter import milterContext
 
     from ._awaited import Ended
 
+    Place = tuple[str, int, str]  # file, line and function
+
 _HUNG_UP_PATIENCE = 30.0  # seconds to end where the MTA has hung up: nobody waits then
 _END_SECONDS = 5.0  # for the thread of the loop, once all tasks were cancelled
 _SLOW_SECONDS = 1.0  # a loop that has no time for so long is blocked
 _LOOK_SECONDS = 0.25  # how often that is looked at
+_FRAMES = 6  # of the application, of which is told then
+_LOOPS = ("asyncio.events", "asyncio.base_events", "asyncio.runners")
+_STANDARD = os.path.join(os.path.dirname(os.__file__), "")
 _OVER = -2  # milter._take_turn: the loop leads no longer
 
 _log = logger()
@@ -664,22 +670,56 @@ def _watch(runner: Runner) -> None:
 
 
 def _look_for_blocks(runner: Runner) -> None:
-    told: set[tuple[str, int]] = set()
+    told: set[Place] = set()
     while not runner.ended.wait(_LOOK_SECONDS):
         alive = threading.Event()
         if not runner.call(alive.set):
             return
         if alive.wait(_SLOW_SECONDS):
             continue
-        frame = sys._current_frames().get(runner.ident or 0)
-        place = ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
-        if frame is not None and place not in told:
-            told.add(place)
-            stack = "".join(traceback.format_stack(frame, 20)).rstrip()
+        frames = _frames_of_application(sys._current_frames().get(runner.ident or 0))
+        if frames and frames[0] not in told:
+            told.add(frames[0])
+            (file, line, _), *callers = frames
             _log.warning(
-                "the event loop of coroutine callbacks is blocked for more than %g s, at:\n%s",
+                "the event loop of coroutine callbacks is blocked for more than %g s, at %s: %s%s",
                 _SLOW_SECONDS,
-                stack,
+                _named(frames[0]),
+                linecache.getline(file, line).strip() or "(no source)",
+                "".join(f"; called at {_named(caller)}" for caller in callers),
             )
         while not alive.wait(_LOOK_SECONDS) and not runner.ended.is_set():
             pass
+
+
+def _frames_of_application(innermost: FrameType | None) -> list[Place]:
+    """Where a thread is: the innermost frame of the application, and then those that led there.
+
+    Those of ours, of asyncio and of the standard library say nothing to whoever wrote the filter.
+    Where there are no others, the innermost is all.
+    """
+    found: list[Place] = []
+    frame = innermost
+    while frame is not None and len(found) < _FRAMES:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module in _LOOPS:  # what it was begun by has nothing to do with it
+            break
+        if _is_application(module, frame.f_code.co_filename):
+            found.append(_place_of(frame))
+        frame = frame.f_back
+    return found or ([] if innermost is None else [_place_of(innermost)])
+
+
+def _is_application(module: str, file: str) -> bool:
+    if module.partition(".")[0] == __package__ or file.startswith("<frozen "):
+        return False
+    below = file[len(_STANDARD) :] if file.startswith(_STANDARD) else ""
+    return not below or below.startswith(("site-packages", "dist-packages"))
+
+
+def _place_of(frame: FrameType) -> Place:
+    return frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name
+
+
+def _named(place: Place) -> str:
+    return "{}:{} in {}".format(*place)

@@ -12,9 +12,9 @@ import asyncio
 import contextvars
 import os
 import signal
+import subprocess
 import sys
 import threading
-import time
 import types
 import warnings
 from typing import Any, ClassVar
@@ -715,11 +715,14 @@ class FailingWithin(Milter.Base):
 
 
 class Blocking(Milter.Base):
-    """Blocks the loop."""
+    """Blocks the loop, in the standard library."""
 
     async def envfrom(self, sender: str, *params: str) -> int:
-        time.sleep(1.5)  # in the loop
+        await self.wait()
         return Milter.CONTINUE
+
+    async def wait(self) -> None:
+        subprocess.run(["sleep", "1.5"], check=True)  # in the loop
 
 
 class Negotiating(Milter.Base):
