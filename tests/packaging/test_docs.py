@@ -10,9 +10,11 @@ import re
 import select
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -160,6 +162,19 @@ def test_the_example_that_asks_an_http_service_reads_all_of_the_answer(
     with started(code, milter_app, tmp_path).mta() as mta:
         result = mta.send(b"Subject: x\r\n\r\n", recipients=["bob@example.org"])
     assert "+ X-Reputation: 5" in changes(result)
+
+
+def test_the_example_with_a_status_page_shows_it_and_ends(milter_app, tmp_path, free_port):
+    port = free_port()
+    code = coroutine_example("Milter.serve(").replace("9802", str(port))
+    app = started(code, milter_app, tmp_path)
+    with app.mta() as mta:
+        assert mta.send(b"Subject: x\r\n\r\n", recipients=["bob@example.org"]).accepted
+    with socket.create_connection(("127.0.0.1", port), SECONDS):  # who never asks does no harm
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=SECONDS) as page:
+            assert page.read() == b"1 messages\n"
+        app.finish()
+    assert "Traceback" not in app.output
 
 
 @pytest.mark.parametrize("module", ALL_MODULES, ids=lambda module: module.__name__)
