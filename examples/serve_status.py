@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import re
 import signal
 import socket
 import sys
@@ -25,7 +26,7 @@ import Milter
 
 HEADER = "X-Client-Name"
 LOOK_UP_SECONDS = 3.0
-REQUEST_SECONDS = 5.0
+REQUEST_SECONDS = 2.0  # the end waits for as long, where somebody is there who does not ask
 
 log = logging.getLogger("serve_status")
 
@@ -91,14 +92,29 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         await writer.drain()
     except (asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
         pass  # whoever asked has gone, or never meant to ask
+    except asyncio.CancelledError:
+        pass  # the program ends; before Python 3.12 a handler that is cancelled looks like a fault
     finally:
         writer.close()
 
 
+def host_and_port(text: str) -> tuple[str, int]:
+    """Return both from HOST:PORT; a port alone is one of 127.0.0.1, not of all addresses.
+
+    Raises:
+        argparse.ArgumentTypeError: it has another form.
+    """
+    found = re.fullmatch(r"(?:(?:\[([^\[\]]+)\]|([^\[\]:]+)):)?([0-9]{1,5})", text)
+    if not found or int(found[3]) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of HOST:PORT, [IPV6]:PORT and PORT, where a port is 0 to 65535"
+        )
+    return found[1] or found[2] or "127.0.0.1", int(found[3])
+
+
 async def serve(args: argparse.Namespace) -> None:
     """Serve both until a signal comes, then drain."""
-    host, _, port = args.status.rpartition(":")
-    server = await asyncio.start_server(answer, host, int(port))
+    server = await asyncio.start_server(answer, *args.status)
     log.info("status page on port %d", server.sockets[0].getsockname()[1])
     served = asyncio.ensure_future(Milter.serve("serve_status", args.socket, args.timeout))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,7 +129,13 @@ def main() -> int:
     """Run the program until it is stopped; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--socket", required=True, help="unix:/path or inet:port@host")
-    parser.add_argument("--status", default="127.0.0.1:0", help="HOST:PORT of the status page")
+    parser.add_argument(
+        "--status",
+        metavar="[HOST:]PORT",
+        type=host_and_port,
+        default="127.0.0.1:0",
+        help="where the status page is (default: a free port of 127.0.0.1)",
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds to wait for the MTA")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning"])
     args = parser.parse_args()

@@ -6,6 +6,7 @@ import base64
 import quopri
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -477,18 +478,22 @@ def test_rewrite_twice_is_rewritten_once(start: Start) -> None:
 # --- serve_status.py -----------------------------------------------------------------------------
 
 
+def status(port: int, path: str = "/", host: str = "127.0.0.1") -> str:
+    with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=SECONDS) as page:
+        text: str = page.read().decode()
+        return text
+
+
+def status_port(app: MilterApp) -> int:
+    return int(app.wait_for_output("status page on port").split()[-1])
+
+
 def test_status_is_served_beside_the_filter(
     milter_app: Callable[..., MilterApp], tmp_path: Path
 ) -> None:
     app = milter_app(EXAMPLES / "serve_status.py", cwd=tmp_path)
-    port = int(app.wait_for_output("status page on port").split()[-1])
-
-    def status(path: str = "/") -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=SECONDS) as page:
-            text: str = page.read().decode()
-            return text
-
-    assert status() == "connections 0\nopen 0\nmessages 0\n"
+    port = status_port(app)
+    assert status(port) == "connections 0\nopen 0\nmessages 0\n"
     with app.mta() as mta:
         result = mta.send(
             PLAIN,
@@ -497,9 +502,80 @@ def test_status_is_served_beside_the_filter(
             client=Client("localhost", "/run/submit"),
         )
         assert result.message["X-Client-Name"] == "unknown"
-        assert status() == "connections 1\nopen 1\nmessages 1\n"
+        assert status(port) == "connections 1\nopen 1\nmessages 1\n"
     with pytest.raises(urllib.error.HTTPError, match="404"):
-        status("/else")
+        status(port, "/else")
     app.finish()
     assert "Traceback" not in app.output
     assert "stopped" in app.output
+
+
+def test_status_finds_the_name_of_a_client(
+    milter_app: Callable[..., MilterApp], tmp_path: Path
+) -> None:
+    try:
+        name, _ = socket.getnameinfo(("127.0.0.1", 0), socket.NI_NAMEREQD)
+    except OSError:
+        pytest.skip("127.0.0.1 has no name here")
+    app = milter_app(EXAMPLES / "serve_status.py", cwd=tmp_path)
+    with app.mta() as mta:
+        client = Client("[127.0.0.1]", "127.0.0.1", 2525)
+        result = mta.send(PLAIN, recipients=["bob@example.com"], client=client)
+    assert result.message["X-Client-Name"] == name
+    app.finish()
+
+
+def test_who_does_not_ask_for_the_status_does_not_keep_it_from_ending(
+    milter_app: Callable[..., MilterApp], tmp_path: Path
+) -> None:
+    app = milter_app(EXAMPLES / "serve_status.py", cwd=tmp_path)
+    port = status_port(app)
+    with socket.create_connection(("127.0.0.1", port), SECONDS):
+        status(port)  # it came later, and so the other one is known
+        app.finish()
+    assert "Traceback" not in app.output
+    assert "stopped" in app.output
+
+
+@pytest.mark.parametrize(
+    ("form", "host"),
+    [("{}", "127.0.0.1"), ("localhost:{}", "localhost"), ("[::1]:{}", "[::1]")],
+)
+def test_status_is_where_it_is_told(
+    milter_app: Callable[..., MilterApp],
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    form: str,
+    host: str,
+) -> None:
+    if host == "[::1]":
+        try:
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("there is no IPv6 here")
+    port = free_port()
+    app = milter_app(EXAMPLES / "serve_status.py", "--status", form.format(port), cwd=tmp_path)
+    assert status_port(app) == port
+    assert status(port, host=host).startswith("connections 0")
+    # Nobody else is let in: another address of this machine is free.
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", port))
+    app.finish()
+
+
+@pytest.mark.parametrize("text", ["abc", "127.0.0.1:99999", "127.0.0.1:", "::1:80", ":80", "[]:80"])
+def test_status_says_what_is_wrong_with_an_address(text: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, str(EXAMPLES / "serve_status.py")),
+            *("--socket", f"unix:{tmp_path}/s", f"--status={text}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2
+    rule = "is none of HOST:PORT, [IPV6]:PORT and PORT, where a port is 0 to 65535"
+    assert done.stderr.splitlines()[-1].endswith(f"error: argument --status: {text!r} {rule}")
