@@ -7,7 +7,7 @@
 
 #include <pthread.h>
 
-/* What an exception left unanswered: see owe(). */
+/* What an exception, or the end of a drain, left unanswered: see owe(). */
 enum debt { NOTHING_OWED, OWED_FOR_MESSAGE, OWED_FOR_CONNECTION };
 
 typedef struct {
@@ -32,6 +32,7 @@ typedef struct {
     bool in_message; /* a message has begun and has no final verdict yet */
     enum debt debt;
     sfsistat owed;
+    bool owed_by_stop; /* not for an exception: the callback was cancelled, as the filter stops */
 } ContextObject;
 
 /* The context of a connection; the engine's pointer owns a reference to it.  Owned.  NULL with an

@@ -11,6 +11,7 @@
 #include "engine/choice.h"
 #include "metrics.h"
 #include "observer.h"
+#include "process.h"
 #include "report.h"
 #include "text.h"
 
@@ -86,17 +87,24 @@ explain_exception(const Step *step, sfsistat verdict)
     explain(step, verdict, "4.3.0", "5.3.0", "untrapped exception in");
 }
 
+static void
+explain_stop(const Step *step)
+{
+    explain(step, SMFIS_TEMPFAIL, "4.3.2", "5.3.2", "stopping, try again later:");
+}
+
 sfsistat
 refuse_message(const Step *step)
 {
-    explain(step, SMFIS_TEMPFAIL, "4.3.2", "5.3.2", "stopping, try again later:");
+    explain_stop(step);
     return SMFIS_TEMPFAIL;
 }
 
-/* Remember the verdict for an exception in a step without reply; pay() gives it at the next
- * step that has one.  What goes wrong in connect or HELO holds for the whole connection. */
+/* Remember the verdict for an exception in a step without reply, or for the stop that cut it short;
+ * pay() gives it at the next step that has one.  What goes wrong in connect or HELO holds for the
+ * whole connection. */
 static void
-owe(const Step *step, sfsistat verdict)
+owe(const Step *step, sfsistat verdict, bool by_stop)
 {
     if (verdict == SMFIS_CONTINUE || step->context == NULL) {
         return;
@@ -111,13 +119,14 @@ owe(const Step *step, sfsistat verdict)
         return; /* an unknown command, which is no part of a message */
     }
     step->context->owed = verdict;
+    step->context->owed_by_stop = by_stop;
 }
 
 sfsistat
 put_off_message(const Step *step)
 {
     if (is_without_reply(step->context, step->stage)) {
-        owe(step, SMFIS_TEMPFAIL);
+        owe(step, SMFIS_TEMPFAIL, is_draining()); /* else the program has cancelled it */
     }
     return refuse_message(step);
 }
@@ -130,7 +139,12 @@ pay(const Step *step, sfsistat *verdict)
         return false;
     }
     *verdict = step->context->owed;
-    explain_exception(step, *verdict);
+    if (step->context->owed_by_stop) {
+        explain_stop(step);
+    }
+    else {
+        explain_exception(step, *verdict);
+    }
     return true;
 }
 
@@ -325,7 +339,7 @@ take_policy(const Step *step)
     policy = state_of(step)->policy; /* a report may have run anything */
     explain_exception(step, policy);
     if (is_without_reply(step->context, step->stage)) {
-        owe(step, policy);
+        owe(step, policy, false);
     }
     return policy;
 }

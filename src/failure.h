@@ -22,8 +22,8 @@ sfsistat take_policy(const Step *step);
 /* An exception is set, of a callback that judges nothing: report it. */
 void take_exception_of(const Step *step);
 
-/* Is an earlier exception still unanswered, and can it be answered now?  Then the verdict goes into
- * *verdict, and its reply is set. */
+/* Is an earlier exception or put_off_message() still unanswered, and can it be answered now?  Then
+ * the verdict goes into *verdict, and its reply is set. */
 bool pay(const Step *step, sfsistat *verdict);
 
 /* The verdict for a message that must not begin, since the filter drains. */

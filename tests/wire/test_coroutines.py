@@ -19,6 +19,7 @@ from typing import Any, Callable
 import pytest
 from support.commands import Runner
 from support.engine import engine
+from support.mta import frame
 from support.process import FILTERS, WAIT
 
 import Milter
@@ -32,6 +33,7 @@ from Milter.mta import (
     DeleteRecipient,
     FilterClosed,
     InsertHeader,
+    Packet,
     Quarantine,
     ReplaceBody,
     SmtpReply,
@@ -44,6 +46,7 @@ UVLOOP = pytest.mark.skipif(
     importlib.util.find_spec("uvloop") is None, reason="uvloop is not installed"
 )
 LOOPS = ["", pytest.param("uvloop", marks=UVLOOP)]
+PUT_OFF = b"451 4.3.2 pymilter: stopping, try again later: coroutines\0"
 SOFT = SmtpReply(451, "4.3.0", ("pymilter: untrapped exception in coroutines",))
 
 
@@ -61,6 +64,12 @@ def envelope(mta: MTA, sender: str = "<a@b>", host: str = "client.example") -> N
     mta.connect_info(host)
     mta.helo("h")
     mta.mail(sender)
+
+
+def until_header(mta: MTA) -> None:
+    envelope(mta)
+    mta.rcpt("<c@d>")
+    mta.data()
 
 
 def message(mta: MTA, host: str = "client.example") -> Any:
@@ -575,6 +584,23 @@ def test_a_step_without_reply_that_is_cancelled_is_made_up_for(
         mta.data()
         mta.header("A", " 1")
         assert mta.eom().smtp == SOFT
+
+
+def test_a_step_without_reply_that_the_drain_cuts_short_is_made_up_for(
+    coroutines: Callable[..., Any],
+) -> None:
+    """The next answer says why: nothing was raised."""
+    running = coroutines("WaitingUnanswered", drain_timeout=1)
+    mta = running.mta()
+    until_header(mta)
+    mta.send_raw(frame(b"L", b"A\0 1\0") + frame(b"N") + frame(b"E"))
+    running.wait_for("waits")
+    running.process.send_signal(signal.SIGTERM)
+    assert mta.read_packet(WAIT) == Packet(b"y", PUT_OFF)
+    mta.expect_close(WAIT)
+    mta.close()
+    assert running.wait() == 0
+    assert not re.search("^eom$", running.output, re.MULTILINE)
 
 
 def test_a_coroutine_before_a_message_goes_on_until_the_deadline_too(

@@ -294,6 +294,31 @@ class Waiting(Milter.Base):
         return Milter.CONTINUE
 
 
+class WaitingUnanswered(Milter.Base):
+    """Never ends by itself, in a step without reply, as those up to the end of the message are."""
+
+    @Milter.noreply
+    async def header(self, name: str, value: str) -> int:
+        say("waits")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            say("cancelled")
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    def eoh(self) -> int:
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    def body(self, chunk: bytes) -> int:
+        return Milter.CONTINUE
+
+    def eom(self) -> int:
+        say("eom")
+        return Milter.ACCEPT
+
+
 class Mixed(Milter.Base):
     """A plain callback sets a variable, coroutines read and set it, a plain one reads it."""
 
