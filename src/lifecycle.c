@@ -503,6 +503,21 @@ wait_for_close(module_state *state)
     }
 }
 
+/* The deadline is over, and not all have ended. */
+static void
+warn_of_messages(void)
+{
+    char *seconds = PyOS_double_to_string(drain_seconds(), 'r', 0, 0, NULL);
+    PyObject *message =
+        seconds == NULL
+            ? NULL
+            : PyUnicode_FromFormat("stopped with %ld messages still in progress after %s s",
+                                   take_census().messages, seconds);
+
+    log_record("warning", message, NULL);
+    PyMem_Free(seconds);
+}
+
 /* Where others serve the socket by now: serve whom there is.  Then steps 1 to 3, as at the top of
  * this file. */
 static void
@@ -525,10 +540,7 @@ drain(module_state *state)
     atomic_store(&process_flags.draining, true);
     stop_listening();
     if (!wait_until(state, messages_are_done, deadline) && take_census().messages > 0) {
-        log_record("warning",
-                   PyUnicode_FromFormat("stopped with %ld messages still in progress after %d s",
-                                        take_census().messages, (int)drain_seconds()),
-                   NULL);
+        warn_of_messages();
     }
     if (is_forked()) {
         return;
