@@ -169,7 +169,8 @@ struct engine {
 
     /* Nothing more is read: answers that are due are still written, then each connection is
      * closed, with its xxfi_close.  Returns at once.  A callback that runs may take its time; one
-     * that is suspended is waited for. */
+     * that is suspended is waited for, and if its step has no answer, what the MTA has sent
+     * meanwhile is taken up to one that has: without waiting for more than is there. */
     void (*end)(void);
 
     /* The last call: the caller waits no longer, whether all connections are closed or not, and

@@ -545,10 +545,11 @@ drain(module_state *state)
     if (is_forked()) {
         return;
     }
-    tell_coroutines("cancel_all");
+    /* In this order: the engine has to know that it ends when it completes those. */
     Py_BEGIN_ALLOW_THREADS
     engine->end();
     Py_END_ALLOW_THREADS
+    tell_coroutines("cancel_all");
     if (!atomic_load(&engine_ended)) {
         wait_for_close(state);
     }

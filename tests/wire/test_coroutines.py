@@ -603,6 +603,50 @@ def test_a_step_without_reply_that_the_drain_cuts_short_is_made_up_for(
     assert not re.search("^eom$", running.output, re.MULTILINE)
 
 
+@pytest.mark.parametrize("name", ["WaitingUnanswered", "LeadingUnanswered"])
+@pytest.mark.parametrize("much", [False, True])
+def test_what_was_sent_meanwhile_is_answered_after_the_drain(
+    coroutines: Callable[..., Any], name: str, much: bool
+) -> None:
+    """The next step that has a reply has it, though the connection is closed then."""
+    running = coroutines(name, drain_timeout=1)
+    mta = running.mta()
+    until_header(mta)
+    mta.header("A", " 1")
+    running.wait_for("waits")
+    for _ in range(100 if much else 0):  # more than one read, or one turn, takes in
+        mta.send_packet(b"L", b"B\0" + b" 2" * 100 + b"\0")
+    mta.send_packet(b"N")
+    if much:
+        mta.send_packet(b"B", b"x" * 40000)
+    mta.send_packet(b"D", b"Ei\0QUEUED\0")
+    mta.send_packet(b"E")
+    running.process.send_signal(signal.SIGTERM)
+    assert mta.read_packet(WAIT) == Packet(b"y", PUT_OFF)
+    mta.expect_close(WAIT)
+    mta.close()
+    assert running.wait() == 0
+    assert not re.search("^eom$", running.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("sent", [b"", frame(b"N"), frame(b"B", b"cut short")[:-1]])
+def test_after_the_drain_nobody_waits_for_what_the_mta_has_not_sent(
+    coroutines: Callable[..., Any], sent: bytes
+) -> None:
+    running = coroutines("WaitingUnanswered", drain_timeout=0)
+    mta = running.mta()
+    until_header(mta)
+    mta.header("A", " 1")
+    running.wait_for("waits")
+    mta.send_raw(sent)
+    began = time.monotonic()
+    running.process.send_signal(signal.SIGTERM)
+    mta.expect_close(WAIT)
+    assert time.monotonic() - began < 1.9  # after 2 s connections that are left would be closed
+    mta.close()
+    assert running.wait() == 0
+
+
 def test_a_coroutine_before_a_message_goes_on_until_the_deadline_too(
     coroutines: Callable[..., Any],
 ) -> None:

@@ -112,6 +112,28 @@ connection_read(struct connection *connection, struct stock *stock)
 }
 
 void
+connection_read_rest(struct connection *connection, struct stock *stock)
+{
+    const struct inbox *inbox = &connection->inbox;
+    size_t before;
+    bool ready;
+
+    if (!connection->has_rest || connection->session.broken || connection_unsent(connection) > 0 ||
+        !session_goes_unanswered(&connection->session)) {
+        connection->has_rest = false;
+        return;
+    }
+    do {
+        ready = inbox_ready(inbox, connection->session.max_data);
+        before = inbox->end - inbox->begin;
+        if (!ready) {
+            connection_read(connection, stock);
+        }
+    } while (inbox->end - inbox->begin > before);
+    connection->has_rest = ready;
+}
+
+void
 connection_reclaim(struct connection *connection, struct stock *stock)
 {
     inbox_reclaim(&connection->inbox, stock);

@@ -38,6 +38,7 @@ struct connection {
     bool at_end;    /* of what the peer sends; or the connection is broken, or has timed out */
     bool hung_up;   /* the peer has, while a callback was suspended */
     bool told;      /* the filter knows, for the callback that is suspended now */
+    bool has_rest;  /* at the end: what has come while a callback was suspended is answered still */
     double active;  /* when something last came or went, in seconds of the monotonic clock */
     struct connection *previous, *next;
     struct connection *next_queued;
@@ -58,6 +59,10 @@ void connection_free(struct connection *connection);
 
 /* Read what there is, without waiting. */
 void connection_read(struct connection *connection, struct stock *stock);
+
+/* Where `has_rest`, in a message whose last step had no answer: read what there is, up to the next
+ * packet.  If there is none, or an answer went out, it has no rest any more. */
+void connection_read_rest(struct connection *connection, struct stock *stock);
 
 /* What has nothing in it takes no memory. */
 void connection_reclaim(struct connection *connection, struct stock *stock);

@@ -428,6 +428,7 @@ settle(struct connection *connection, bool over)
         }
     }
     else if (ending) {
+        connection_read_rest(connection, &connection->loop->stock);
         enqueue(connection);
         wake_leader(connection->loop);
     }
@@ -446,7 +447,7 @@ settle(struct connection *connection, bool over)
 static bool
 is_to_end(const struct connection *connection)
 {
-    return ending && !connection->session.suspended;
+    return ending && !connection->session.suspended && !connection->has_rest;
 }
 
 static void
@@ -456,6 +457,7 @@ serve_queued(struct member *self, struct connection *connection)
     bool end_now = is_to_end(connection);
 
     connection->state = SERVED;
+    connection->has_rest |= ending && connection->session.suspended;
     if (!connection->session.suspended) { /* else the outbox belongs to who completes it */
         outbox_lend(&connection->session.outbox, &connection->loop->stock);
     }

@@ -558,6 +558,13 @@ command_of(char command)
     return &commands[(unsigned char)command];
 }
 
+bool
+session_goes_unanswered(const SMFICTX *session)
+{
+    return session_in_message(session) &&
+           (command_of(session->command)->no_reply & session->steps & session->mta_steps) != 0;
+}
+
 /* -------------------------------------------------------------------- answers */
 
 static bool

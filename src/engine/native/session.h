@@ -114,6 +114,9 @@ void session_free(SMFICTX *session);
 /* A message is in progress. */
 bool session_in_message(const SMFICTX *session);
 
+/* And its MTA waits for no answer to the last step: it may have sent the next one. */
+bool session_goes_unanswered(const SMFICTX *session);
+
 /* --- what libmilter's functions of the same name do, with their results */
 int session_setpriv(SMFICTX *session, void *priv);
 void *session_getpriv(SMFICTX *session);

@@ -319,6 +319,25 @@ class WaitingUnanswered(Milter.Base):
         return Milter.ACCEPT
 
 
+class LeadingUnanswered(WaitingUnanswered):
+    """All are coroutines, so that their loop leads the native engine."""
+
+    @Milter.noreply
+    async def eoh(self) -> int:
+        return Milter.CONTINUE
+
+    @Milter.noreply
+    async def body(self, chunk: bytes) -> int:
+        return Milter.CONTINUE
+
+    async def eom(self) -> int:
+        say("eom")
+        return Milter.ACCEPT
+
+    async def close(self) -> int:
+        return Milter.CONTINUE
+
+
 class Mixed(Milter.Base):
     """A plain callback sets a variable, coroutines read and set it, a plain one reads it."""
 
