@@ -761,11 +761,13 @@ lead(struct member *self)
         if (ending && !loop->all_told) {
             queue_all(loop);
         }
-        if (loop->queue != NULL) {
-            run_batch(self);
+        if (loop->queue == NULL) {
+            poll_once(loop, time_to_sleep(loop));
+            continue;
         }
-        if (is_leader(self) && !team_is_ending()) {
-            poll_once(loop, loop->queue != NULL ? 0 : time_to_sleep(loop));
+        run_batch(self);
+        if (loop->queue != NULL && is_leader(self) && !team_is_ending()) {
+            poll_once(loop, 0);
         }
     }
 }
