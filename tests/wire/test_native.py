@@ -216,8 +216,7 @@ def test_callbacks_that_wait_briefly_wait_at_the_same_time(run_filter: Run) -> N
         several[0].send_packet(b"M", b"<alice@example.com>\0")
         assert several[0].read_packet().command == b"c"
         beside, count = map(int, re.findall("[0-9]+", running.wait_for("beside")))
-    assert count == 8 * 50
-    assert beside > count / 2
+    assert beside > count / 2, (beside, count)  # which threads without a common lock count roughly
 
 
 # Each header takes 0.1 ms of the processor: too short for the watch, and for a slow step.
